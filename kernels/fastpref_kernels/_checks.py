@@ -1,0 +1,74 @@
+"""Checks of arguments that several ops share; every error is a ValueError of one line."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+WEIGHTS = ("outside", "inside", "uniform")
+
+
+def check_positive(op: str, name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{op}: {name} must be positive and finite, got {value}")
+
+
+def check_floating(op: str, name: str, x: Tensor) -> None:
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")
+
+
+def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """Same shape and device as `like`, and floating point."""
+    check_floating(op, name, x)
+    if x.shape != like.shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, {like_name} has {tuple(like.shape)}")
+    check_device(op, name, x, like_name, like)
+
+
+def check_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{op}: {name} is on {x.device}, {like_name} is on {like.device}")
+
+
+def check_rewards(op: str, reward_w: Tensor, reward_l: Tensor) -> None:
+    for name, x in (("reward_w", reward_w), ("reward_l", reward_l)):
+        check_floating(op, name, x)
+        if x.dim() != 1:
+            raise ValueError(f"{op}: {name} must be a vector, got shape {tuple(x.shape)}")
+        if x.numel() == 0:
+            raise ValueError(f"{op}: {name} is empty")
+    check_device(op, "reward_l", reward_l, "reward_w", reward_w)
+
+
+def check_contrasts(
+    op: str,
+    reward_w: Tensor,
+    reward_l: Tensor,
+    emb_w: Tensor | None,
+    emb_l: Tensor | None,
+    weight: str,
+    group_size: int | None,
+) -> None:
+    """Rewards, embeddings and groups of a contrast matrix fit together."""
+    check_rewards(op, reward_w, reward_l)
+    if weight not in WEIGHTS:
+        raise ValueError(f"{op}: weight must be one of {', '.join(WEIGHTS)}, got {weight!r}")
+    m, n = reward_w.shape[0], reward_l.shape[0]
+    if group_size is not None:
+        if m != n:
+            raise ValueError(f"{op}: group_size needs as many winners as losers, got {m} and {n}")
+        if group_size < 1 or m % group_size:
+            raise ValueError(f"{op}: group_size must divide the number of pairs, got {group_size} for {m}")
+    if weight == "uniform":
+        return
+    if emb_w is None or emb_l is None:
+        raise ValueError(f"{op}: weight={weight!r} needs emb_w and emb_l")
+    for name, x, count in (("emb_w", emb_w, m), ("emb_l", emb_l, n)):
+        check_floating(op, name, x)
+        check_device(op, name, x, "reward_w", reward_w)
+        if x.dim() != 2 or x.shape[0] != count or x.shape[1] == 0:
+            raise ValueError(f"{op}: {name} must have shape ({count}, D), got {tuple(x.shape)}")
+    if emb_w.shape[1] != emb_l.shape[1]:
+        raise ValueError(f"{op}: emb_w has {emb_w.shape[1]} dimensions, emb_l has {emb_l.shape[1]}")

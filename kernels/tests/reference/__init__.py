@@ -1,0 +1,1 @@
+"""What each op means: naive float64 torch, the only oracle."""
