@@ -1,0 +1,224 @@
+"""Every setting once: its type, default, bounds and one line saying what it does.
+
+One flat model serves ``prepare``, ``train``, ``sample`` and ``evaluate``; a recipe in ``configs/`` is a YAML file of
+these keys, and ``key=value`` on the command line overrides it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastpref.errors import UserError
+
+Method = Literal["sft", "dpo", "rpo"]
+MAX_DEFAULT_GROUP = 64
+
+
+class Config(BaseModel):
+    """The settings of a run. Units are in the field descriptions; every bound is checked on load."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    # What to run
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run directory below output_dir")
+    method: Method = Field("rpo", description="objective: sft, dpo or rpo")
+    model: str = Field("emoji", description="diffusers pipeline folder (SDXL or SD1.5), or 'emoji' for the bundled one")
+    unet: str | None = Field(None, description="start from this UNet folder or .safetensors instead of model/unet")
+    init_lora: str | None = Field(None, description="start from this LoRA file; the reference is that start")
+    records: str = Field("emoji", description="parquet, folder, tar, jsonl or csv of pairs; 'emoji' is bundled")
+    store: str = Field("stores/emoji", description="prepared store: written by prepare, read by train")
+    output_dir: str = Field("runs", description="parent of the run directory")
+    seed: int = Field(0, ge=0, lt=2**63, description="key of all randomness")
+    steps: int = Field(1000, ge=1, description="optimizer steps")
+    resume: Literal["never", "auto"] = Field("never", description="auto: continue from the newest intact checkpoint")
+    overwrite: bool = Field(False, description="delete an existing run directory of this name first")
+    evaluate: bool = Field(True, description="sample and score before and after training, write report.html")
+
+    # Batch
+    batch_size: int = Field(16, ge=1, description="global batch, in pairs, over all micro-batches and ranks")
+    micro_batch_size: int | None = Field(None, ge=1, description="pairs per forward; default: the whole batch")
+    engine: Literal["local", "deepspeed"] = Field("local", description="what runs backward and step")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if present")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's choice")
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
+        "fp32", description="frozen weights and autocast; trained weights are fp32 (fp64 is for exactness tests)"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward")
+    accumulation: Literal["rewards_first", "keep_graphs"] = Field(
+        "rewards_first", description="RPO over several micro-batches: one more forward, or all graphs in memory"
+    )
+
+    # Objective
+    beta: float = Field(2000.0, gt=0, description="strength of the KL term, for mean squared errors")
+    temperature: float = Field(0.1, gt=0, description="RPO: tau of the similarity softmax")
+    weight: Literal["outside", "inside", "uniform"] = Field("outside", description="RPO: where omega enters the loss")
+    embedding: Literal["text", "image", "text+image"] = Field("text+image", description="RPO: what relates two pairs")
+    group_size: int | None = Field(
+        None,
+        ge=1,
+        description="pairs that share a timestep (RPO: and are contrasted); default 1, RPO min(batch, 64)",
+    )
+    sampling: Literal["random", "related"] = Field("random", description="what fills a group: any, or related prompts")
+    safeguard: float | None = Field(None, gt=0, le=1, description="Diffusion-SDPO's mu: scales the loser's gradient")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="DPO: assumed share of wrong labels")
+    sft_weight: float = Field(0.0, ge=0, description="weight of an SFT term on the winners, added to DPO or RPO")
+    caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of pairs trained with the empty prompt")
+    timestep_range: tuple[int, int] | None = Field(None, description="draw timesteps from [low, high); default: all")
+    reference: Literal["auto", "adapter", "copy"] = Field(
+        "auto", description="reference model: the adapter switched off (LoRA) or a frozen copy (full)"
+    )
+
+    # Trained weights and optimizer
+    train: Literal["lora", "full"] = Field("lora", description="what is trained")
+    lora_rank: int = Field(8, ge=1, description="LoRA rank")
+    lora_alpha: float | None = Field(None, gt=0, description="LoRA alpha; default: the rank")
+    lora_targets: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="module names that get a LoRA"
+    )
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = Field("adamw", description="optimizer")
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up, in optimizer steps")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta1")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW beta2")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    weight_decay: float = Field(1e-2, ge=0, description="decoupled weight decay")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="clip the global gradient norm; null: off")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="keep and export an EMA of the trained weights")
+    max_skipped_steps: int = Field(10, ge=0, description="steps with a non-finite loss skipped before giving up")
+
+    # Checkpoints and logs
+    checkpoint_every: int = Field(500, ge=1, description="optimizer steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
+    log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
+    tracker: Literal["tensorboard", "wandb", "none"] = Field(
+        "tensorboard", description="live curves beside metrics.jsonl"
+    )
+
+    # Prepare
+    resolution: int = Field(32, ge=8, multiple_of=8, description="pixels; with buckets the square root of the area")
+    buckets: bool = Field(False, description="aspect-ratio buckets instead of one centre-cropped square")
+    ties: Literal["drop", "half", "keep"] = Field(
+        "drop", description="label 0.5: leave out; label of one half; or keep jpg_0 as winner with label 0.5 recorded"
+    )
+    posterior: bool = Field(False, description="store the VAE posterior's std and sample it in training")
+    flips: bool = Field(False, description="store mirrored latents too and flip half the draws")
+    vae_precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto never overflows")
+    clip: str | None = Field(None, description="CLIP folder for RPO's embeddings; 'emoji' is bundled")
+    max_reject_share: float = Field(0.05, ge=0, le=1, description="prepare fails above this share of bad records")
+    shard_size: int = Field(1024, ge=1, description="rows in a shard of the store")
+    prepare_batch_size: int = Field(16, ge=1, description="images or captions per encoder call")
+    max_image_pixels: int = Field(64_000_000, ge=1024, description="larger images are rejected as decompression bombs")
+
+    # Sampling and evaluation
+    guidance_scale: float = Field(5.0, ge=1, description="classifier-free guidance when sampling")
+    sample_steps: int = Field(20, ge=1, le=1000, description="denoising steps when sampling (DDIM)")
+    eval_records: str = Field("emoji", description="held-out records whose captions are sampled; 'emoji' is bundled")
+    eval_prompts: int = Field(32, ge=1, description="held-out prompts sampled by evaluate")
+    eval_seeds: int = Field(2, ge=1, description="seeds per prompt")
+    eval_batch_size: int = Field(32, ge=1, description="pictures per sampling batch")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Config:
+        micro, group = self.micro_batch, self.group
+        if self.batch_size % micro:
+            raise ValueError(f"micro_batch_size is {micro}, must divide batch_size {self.batch_size}")
+        if self.batch_size % group:
+            raise ValueError(f"group_size is {group}, must divide batch_size {self.batch_size}")
+        if self.timestep_range is not None and not 0 <= self.timestep_range[0] < self.timestep_range[1]:
+            raise ValueError(f"timestep_range is {list(self.timestep_range)}, must be [low, high) with 0 <= low < high")
+        if self.safeguard is not None and self.method == "sft":
+            raise ValueError("safeguard is set with method sft, which has no losers: remove it")
+        if self.reference == "adapter" and self.train == "full":
+            raise ValueError("reference is adapter with train full, which has no adapter: use copy")
+        return self
+
+    @property
+    def micro_batch(self) -> int:
+        """Pairs per forward."""
+        return self.micro_batch_size or self.batch_size
+
+    @property
+    def group(self) -> int:
+        """Pairs that share a timestep."""
+        if self.group_size is not None:
+            return self.group_size
+        return min(self.batch_size, MAX_DEFAULT_GROUP) if self.method == "rpo" else 1
+
+    @property
+    def run_dir(self) -> Path:
+        """Where ``train`` writes."""
+        return Path(self.output_dir) / self.name
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a recipe and apply ``key=value`` overrides (values are YAML).
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, a key is unknown, a value is out of bounds.
+    """
+    settings: dict[str, Any] = {} if str(path) == "" else _read_yaml(Path(path))
+    for override in overrides or []:
+        key, sign, value = override.partition("=")
+        if not sign:
+            raise UserError(f"'{override}' is no key=value", "command line", "write e.g. steps=100")
+        try:
+            settings[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"the value of '{key}' is no YAML", "command line", "quote it") from None
+    return parse_config(settings, where=str(path) or "command line")
+
+
+def parse_config(settings: dict[str, Any], where: str = "config") -> Config:
+    """A checked :class:`Config`; raises :class:`UserError` naming the first bad key."""
+    for key in settings:
+        if key not in Config.model_fields:
+            near = difflib.get_close_matches(str(key), Config.model_fields, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else "see 'fastpref train --keys' for the known ones"
+            raise UserError(f"unknown key '{key}'", where, hint)
+    try:
+        return Config.model_validate({k: _number(k, v) for k, v in settings.items()})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        if not key:
+            raise UserError(message, where) from None
+        field = Config.model_fields[str(first["loc"][0])]
+        raise UserError(f"{key} is {first['input']!r}: {message}", where, f"{key}: {field.description}") from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write every setting, defaults included, as YAML that :func:`load_config` reads back."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError("no such config file", str(path), "the bundled recipes are in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("cannot read the config file", str(path), str(error)) from None
+    except yaml.YAMLError as error:
+        raise UserError("the config file is no YAML", str(path), " ".join(str(error).split())) from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise UserError("the config file is no mapping of keys to values", str(path), "write 'key: value' lines")
+    return settings
+
+
+def _number(key: str, value: Any) -> Any:
+    """YAML 1.1 reads ``1e-4`` as a string; take it for the number it is where a number is due."""
+    if isinstance(value, str) and "float" in str(Config.model_fields[key].annotation):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

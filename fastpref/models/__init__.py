@@ -1,0 +1,1 @@
+"""Loading diffusers models and treating them as policy and reference."""

@@ -1,0 +1,244 @@
+"""Open diffusers folders: which family they are, what they are made of, and each part on its own.
+
+Nothing is ever fetched: a model is a folder on disk. Heavy imports happen inside the functions, so that the offline
+training loop never pays for transformers pipelines it does not use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from fastpref.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+
+Family = Literal["sdxl", "sd15"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_FAMILIES: dict[str, Family] = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
+_FINGERPRINTED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+    os.environ.setdefault(_name, "error")
+
+
+def resolve_model_dir(model: str) -> Path:
+    """The pipeline folder of a config's ``model``; 'emoji' is the bundled one.
+
+    Raises:
+        UserError: no such folder, no pipeline folder, or a family other than SDXL and SD1.5.
+    """
+    if model == "emoji":
+        from fastpref.emoji import MODEL_DIR
+
+        return MODEL_DIR
+    path = Path(model)
+    if not path.exists():
+        raise UserError("no such model folder", model, "models are not downloaded: give a diffusers folder on disk")
+    if path.is_file():
+        raise UserError(
+            "the model is a single file",
+            model,
+            "convert it: StableDiffusionXLPipeline.from_single_file(...).save_pretrained",
+        )
+    model_family(path)
+    return path
+
+
+def model_family(path: Path) -> Family:
+    """'sdxl' or 'sd15', from ``model_index.json``."""
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise UserError(
+            "no model_index.json: not a diffusers pipeline folder", str(path), "give the pipeline's top folder"
+        )
+    name = _read_json(index).get("_class_name")
+    if name not in _FAMILIES:
+        raise UserError(f"a {name} is not supported", str(path), "fastpref aligns SDXL and SD1.5 pipelines")
+    return _FAMILIES[name]
+
+
+def model_fingerprint(path: Path) -> str:
+    """sha256 over the files of the VAE, text encoders and tokenizers: what a prepared store depends on."""
+    digest = hashlib.sha256()
+    for part in _FINGERPRINTED:
+        for file in sorted(p for p in (path / part).rglob("*") if p.is_file()):
+            digest.update(file.relative_to(path).as_posix().encode())
+            _hash_file(file, digest)
+    return digest.hexdigest()
+
+
+def folder_fingerprint(path: Path) -> str:
+    """sha256 over all files of a folder, or of one file."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        digest.update(file.name.encode())
+        _hash_file(file, digest)
+    return digest.hexdigest()
+
+
+def resolve_device(device: str) -> torch.device:
+    """'auto' is cuda where there is one."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda but torch sees none", "device", "use device=cpu or a CUDA build of torch")
+    return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+
+
+@dataclass
+class TextStack:
+    """Tokenizers and text encoders of one pipeline, ready to encode."""
+
+    family: Family
+    tokenizers: list[Any]
+    encoders: list[Any]
+    device: torch.device
+    rows: int = 0
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Captions to what the UNet attends to, as the diffusers pipelines compute it.
+
+        Returns:
+            ``prompt_embeds (n, L, D)`` and, for SDXL, ``pooled_prompt_embeds (n, P)``, in the encoders' dtype.
+        """
+        hidden, pooled = [], None
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
+            tokens = tokenizer(
+                captions,
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            output = encoder(tokens.input_ids.to(self.device), output_hidden_states=self.family == "sdxl")
+            if self.family == "sdxl":
+                hidden.append(output.hidden_states[-2])
+                pooled = output[0]
+            else:
+                hidden.append(output[0])
+        self.rows += len(captions)
+        return torch.cat(hidden, dim=-1), pooled
+
+
+def load_text_stack(path: Path, dtype: torch.dtype, device: torch.device) -> TextStack:
+    """The text side of a pipeline folder."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    family = model_family(path)
+    parts: list[tuple[str, Any]] = [("", CLIPTextModel)]
+    if family == "sdxl":
+        parts.append(("_2", CLIPTextModelWithProjection))
+    tokenizers, encoders = [], []
+    for suffix, kind in parts:
+        tokenizers.append(_open(partial(CLIPTokenizer.from_pretrained, path / f"tokenizer{suffix}"), path))
+        encoder = _open(partial(kind.from_pretrained, path / f"text_encoder{suffix}", dtype=dtype), path)
+        encoders.append(encoder.to(device).eval().requires_grad_(False))
+    return TextStack(family, tokenizers, encoders, device)
+
+
+def load_vae(path: Path, precision: str, device: torch.device) -> AutoencoderKL:
+    """The VAE in a precision it survives: 'auto' is fp32 where ``force_upcast`` says so, else bf16 on a GPU."""
+    from diffusers import AutoencoderKL
+
+    if precision == "auto":
+        upcast = _read_json(path / "vae" / "config.json").get("force_upcast", True)
+        precision = "fp32" if upcast or device.type == "cpu" else "bf16"
+    vae = _open(lambda: AutoencoderKL.from_pretrained(path / "vae", dtype=DTYPES[precision]), path)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def load_unet(path: Path, dtype: torch.dtype, unet: str | None = None) -> UNet2DConditionModel:
+    """The UNet of a pipeline folder, or the one in ``unet``: a folder (or its ``unet/``) or a .safetensors file."""
+    from diffusers import UNet2DConditionModel
+
+    if unet is None:
+        return _open(lambda: UNet2DConditionModel.from_pretrained(path / "unet", dtype=dtype), path)
+    source = Path(unet)
+    if source.is_file():
+        from safetensors.torch import load_file
+
+        config = UNet2DConditionModel.load_config(path / "unet")
+        model = UNet2DConditionModel.from_config(config)
+        _open(lambda: model.load_state_dict(load_file(source)), source)
+        return model.to(dtype)
+    if (source / "unet" / "config.json").is_file():
+        source = source / "unet"
+    if not (source / "config.json").is_file():
+        raise UserError("no UNet there", unet, "give a folder with config.json and weights, or a .safetensors file")
+    return _open(lambda: UNet2DConditionModel.from_pretrained(source, dtype=dtype), source)
+
+
+def load_pipeline(path: Path, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+    """The whole pipeline for sampling: no safety checker, no progress bar of its own."""
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    if model_family(path) == "sdxl":
+        pipe = _open(lambda: StableDiffusionXLPipeline.from_pretrained(path, dtype=dtype, add_watermarker=False), path)
+    else:
+        pipe = _open(
+            lambda: StableDiffusionPipeline.from_pretrained(
+                path, dtype=dtype, safety_checker=None, requires_safety_checker=False
+            ),
+            path,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The forward process a model was trained with."""
+
+    alphas_cumprod: torch.Tensor  # (T,) float64
+    prediction_type: Literal["epsilon", "v_prediction"]
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T."""
+        return len(self.alphas_cumprod)
+
+
+def load_noise_schedule(path: Path) -> NoiseSchedule:
+    """ᾱ_t and the prediction type, from the folder's scheduler config as diffusers computes them."""
+    from diffusers import DDPMScheduler
+
+    noise_scheduler = _open(lambda: DDPMScheduler.from_pretrained(path, subfolder="scheduler"), path)
+    kind = noise_scheduler.config["prediction_type"]
+    if kind not in ("epsilon", "v_prediction"):
+        raise UserError(f"prediction_type is {kind}", f"{path}/scheduler", "epsilon and v_prediction are supported")
+    return NoiseSchedule(noise_scheduler.alphas_cumprod.double(), kind)
+
+
+def _open(load: Any, where: Path) -> Any:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError("cannot load the model", str(where), " ".join(str(error).split())[:300]) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError("cannot read the file", str(path), str(error)) from None
+
+
+def _hash_file(file: Path, digest: hashlib._Hash) -> None:
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)

@@ -1,0 +1,66 @@
+"""CLIP as the measure of how related two prompts or two pictures are."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastpref.errors import UserError
+from fastpref.models.loading import _open
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def resolve_clip_dir(clip: str) -> Path:
+    """The folder of a config's ``clip``; 'emoji' is the bundled one."""
+    if clip == "emoji":
+        from fastpref.emoji import CLIP_DIR
+
+        return CLIP_DIR
+    path = Path(clip)
+    if not (path / "config.json").is_file():
+        raise UserError("no CLIP model there", clip, "give a transformers CLIPModel folder on disk")
+    return path
+
+
+class ClipEncoder:
+    """A CLIP on one device; text and image embeddings of unit norm in one space."""
+
+    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
+        from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+        self.device = torch.device(device)
+        self.model: Any = _open(partial(CLIPModel.from_pretrained, path, dtype=torch.float32), path)
+        self.model.to(self.device).eval().requires_grad_(False)
+        self.tokenizer = _open(partial(CLIPTokenizer.from_pretrained, path), path)
+        self.processor = _open(partial(CLIPImageProcessorPil.from_pretrained, path), path)
+        self.width = int(self.model.config.projection_dim)
+
+    @torch.no_grad()
+    def text(self, captions: list[str]) -> torch.Tensor:
+        """Captions to ``(n, E)`` unit fp32 rows."""
+        length = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
+        tokens = self.tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+        output = self.model.text_model(input_ids=ids, attention_mask=mask)
+        return _unit(self.model.text_projection(output.pooler_output))
+
+    @torch.no_grad()
+    def images(self, images: list[Image]) -> torch.Tensor:
+        """RGB pictures of any size to ``(n, E)`` unit fp32 rows."""
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.device)
+        output = self.model.vision_model(pixel_values=pixels)
+        return _unit(self.model.visual_projection(output.pooler_output))
+
+
+def load_clip(path: Path, device: torch.device | str = "cpu") -> ClipEncoder:
+    """Open a CLIPModel folder."""
+    return ClipEncoder(path, device)
+
+
+def _unit(rows: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(rows.float(), dim=-1).cpu()

@@ -1,0 +1,93 @@
+"""Tiny random pipelines and a prepared store of real emoji pairs, made once per process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+SMALL = ["records=RECORDS", "resolution=32", "evaluate=false", "tracker=none", "shard_size=10"]
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random SDXL folder, ε-prediction."""
+    from fastpref.emoji.random_models import make_random_sdxl
+
+    return make_random_sdxl(tmp_path_factory.mktemp("models") / "sdxl", vae_factor=2)
+
+
+@pytest.fixture(scope="session")
+def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random SD1.5 folder, v-prediction."""
+    from fastpref.emoji.random_models import make_random_sd15
+
+    return make_random_sd15(tmp_path_factory.mktemp("models") / "sd15", vae_factor=2, prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP folder."""
+    from fastpref.emoji.random_models import make_random_clip
+
+    return make_random_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="session")
+def few_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 of the bundled pairs as a parquet file of their own."""
+    import pyarrow.parquet
+
+    from fastpref.emoji import TRAIN_PARQUET
+
+    path = tmp_path_factory.mktemp("records") / "few.parquet"
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(TRAIN_PARQUET).slice(0, 40), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def sdxl_store(tmp_path_factory: pytest.TempPathFactory, sdxl: Path, clip: Path, few_records: Path) -> Path:
+    """The 40 pairs prepared for the random SDXL, with CLIP embeddings, posterior and flips."""
+    store = tmp_path_factory.mktemp("stores") / "sdxl"
+    _prepare(sdxl, few_records, store, f"clip={clip}", "posterior=true", "flips=true")
+    return store
+
+
+@pytest.fixture(scope="session")
+def sd15_store(tmp_path_factory: pytest.TempPathFactory, sd15: Path, clip: Path, few_records: Path) -> Path:
+    """The 40 pairs prepared for the random SD1.5."""
+    store = tmp_path_factory.mktemp("stores") / "sd15"
+    _prepare(sd15, few_records, store, f"clip={clip}")
+    return store
+
+
+@pytest.fixture
+def sdxl_config(sdxl: Path, sdxl_store: Path, tmp_path: Path) -> Callable[..., Any]:
+    """``sdxl_config("steps=3", …)``: a small recipe on the random SDXL, writing below the test's own folder."""
+    return _recipe(sdxl, sdxl_store, tmp_path)
+
+
+@pytest.fixture
+def sd15_config(sd15: Path, sd15_store: Path, tmp_path: Path) -> Callable[..., Any]:
+    """The same on the random SD1.5."""
+    return _recipe(sd15, sd15_store, tmp_path)
+
+
+def _recipe(model: Path, store: Path, tmp_path: Path) -> Callable[..., Any]:
+    from fastpref.config import load_config
+
+    base = [f"model={model}", f"store={store}", f"output_dir={tmp_path}/runs", "batch_size=8", "lora_rank=4"]
+    return lambda *overrides: load_config("", [*SMALL[1:], *base, *overrides])
+
+
+def _prepare(model: Path, records: Path, store: Path, *overrides: str) -> None:
+    from fastpref.data.prepare import prepare
+
+    from fastpref.config import load_config
+
+    settings = [f"model={model}", f"store={store}", f"records={records}", *SMALL[1:], *overrides]
+    prepare(load_config("", settings), progress=False)

@@ -1,0 +1,64 @@
+"""What gets installed, what gets imported, and what that costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(code: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, **kwargs)  # type: ignore[call-overload]
+
+
+def test_the_kernels_folder_is_no_package_of_that_name() -> None:
+    """transformers, diffusers and peft probe for a PyPI package called 'kernels' and break on an impostor."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    for project in (ROOT, ROOT / "kernels"):
+        find = tomllib.loads((project / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+        assert all(pattern.startswith("fastpref") for pattern in find["include"])
+
+
+@pytest.mark.parametrize("library", ["transformers", "diffusers", "peft"])
+def test_libraries_import_with_the_repository_root_on_the_path(library: str) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        + {
+            "transformers": "from transformers import CLIPTextModel, CLIPModel",
+            "diffusers": "from diffusers import UNet2DConditionModel, StableDiffusionXLPipeline",
+            "peft": "from peft import LoraConfig, get_peft_model_state_dict",
+        }[library]
+    )
+    result = run_python(code, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+def test_kernels_import_neither_diffusers_nor_fastpref() -> None:
+    result = run_python(
+        "import sys, fastpref_kernels\n"
+        "assert not {'diffusers', 'transformers', 'peft', 'fastpref'} & set(sys.modules), 'heavy import'"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_help_needs_neither_torch_nor_diffusers() -> None:
+    result = run_python(
+        "import sys; sys.argv = ['fastpref', '--help']\n"
+        "from fastpref.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'diffusers', 'transformers', 'pydantic'} & set(sys.modules), 'heavy import'"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_constraints_pin_every_dependency_that_decides_numerics() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    assert {"torch", "triton", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed"} <= set(
+        pins
+    )
