@@ -1,0 +1,1 @@
+"""From preference records to batches: records → prepare → store → sampling."""

@@ -1,0 +1,294 @@
+"""Records that are files: JSONL and CSV with image paths, WebDataset tars, a folder with winner/ and loser/."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import tarfile
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastpref.data.sources import Part, Row
+from fastpref.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+MAX_IMAGE_BYTES = 256 << 20
+
+
+class PathsPart(Part):
+    """A text file whose records name their pictures by paths."""
+
+    @abstractmethod
+    def values(self, indices: np.ndarray) -> Iterator[dict[str, Any] | Row]:
+        """The records at the ascending ``indices`` as mappings, or a row with an error."""
+
+    def rows(self, indices: np.ndarray) -> Iterator[Row]:
+        for index, value in zip(indices.tolist(), self.values(indices), strict=True):
+            where = f"{self.path.name} record {index}"
+            yield (
+                replace(value, where=where)
+                if isinstance(value, Row)
+                else path_row(index, where, value, self.path.parent)
+            )
+
+    def fingerprint(self) -> str:
+        """sha256 of the text and of size and modification time of every picture named in it."""
+        with self.path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256")
+        for value in self.values(np.arange(len(self))):
+            for name in ("winner", "loser", "image_0", "image_1"):
+                if isinstance(value, dict) and isinstance(value.get(name), str):
+                    digest.update(_stat(self.path.parent, value[name]))
+        return digest.hexdigest()
+
+
+class JsonlPart(PathsPart):
+    """One JSON object a line: ``winner, loser, caption`` or ``image_0, image_1, label_0, caption`` (paths)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offsets = np.asarray([offset for offset, line in _lines(path) if line.strip()], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def values(self, indices: np.ndarray) -> Iterator[dict[str, Any] | Row]:
+        with self.path.open("rb") as stream:
+            for index in indices.tolist():
+                stream.seek(self._offsets[index])
+                try:
+                    value = json.loads(stream.readline())
+                except ValueError as error:
+                    yield Row(index, "", error="line is no JSON", detail=str(error))
+                    continue
+                yield value if isinstance(value, dict) else Row(index, "", error="line is no JSON object")
+
+
+class CsvPart(PathsPart):
+    """A CSV file (UTF-8, header) with the columns of :class:`JsonlPart`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            consumed = [0]
+            reader = csv.reader(_counted(path, consumed))
+            self._header = [name.strip().removeprefix("\ufeff") for name in next(reader, [])]
+            offsets, start = [], consumed[0]
+            for values in reader:
+                if values:  # not a blank line
+                    offsets.append(start)
+                start = consumed[0]
+        except csv.Error as error:
+            raise UserError("cannot read the CSV file", str(path), str(error)) from error
+        named = set(self._header)
+        if not ({"winner", "loser", "caption"} <= named or {"image_0", "image_1", "label_0", "caption"} <= named):
+            todo = "needed: winner, loser, caption or image_0, image_1, label_0, caption"
+            raise UserError(f"the CSV header is {', '.join(self._header) or 'empty'}", str(path), todo)
+        self._offsets = np.asarray(offsets, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def values(self, indices: np.ndarray) -> Iterator[dict[str, Any] | Row]:
+        with self.path.open("rb") as stream:
+            for index in indices.tolist():
+                stream.seek(self._offsets[index])
+                values = next(csv.reader(_decoded(stream)), [])
+                if len(values) != len(self._header):
+                    detail = f"{len(values)} and {len(self._header)}"
+                    yield Row(index, "", error="record and header differ in length", detail=detail)
+                    continue
+                yield dict(zip(self._header, values, strict=True))
+
+
+class FolderPart(Part):
+    """``winner/NAME.jpg`` and ``loser/NAME.jpg`` with the caption in ``NAME.txt``, at the top or in ``winner/``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._losers = {file.stem: file for file in _pictures(path / "loser")}
+        self._winners = _pictures(path / "winner")
+
+    def __len__(self) -> int:
+        return len(self._winners)
+
+    def fingerprint(self) -> str:
+        files = [
+            *self._winners,
+            *self._losers.values(),
+            *self.path.glob("*.txt"),
+            *(self.path / "winner").glob("*.txt"),
+        ]
+        stats = sorted(_stat(self.path, file.relative_to(self.path).as_posix()) for file in files)
+        return hashlib.sha256(b"".join(stats)).hexdigest()
+
+    def rows(self, indices: np.ndarray) -> Iterator[Row]:
+        for index in indices.tolist():
+            winner = self._winners[index]
+            loser = self._losers.get(winner.stem, Path("loser") / winner.name)
+            captions = [folder / f"{winner.stem}.txt" for folder in (self.path, self.path / "winner")]
+            text = next(
+                (file.read_text(encoding="utf-8", errors="surrogateescape") for file in captions if file.is_file()),
+                None,
+            )
+            value = {
+                "winner": f"winner/{winner.name}",
+                "loser": f"loser/{loser.name}",
+                "caption": text and text.strip(),
+            }
+            yield path_row(index, winner.name, value, self.path)
+
+
+@dataclass
+class _Sample:
+    key: str
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)  # extension → offset, size
+
+
+class TarPart(Part):
+    """An uncompressed WebDataset tar; the members of one sample are adjacent and named ``KEY.EXTENSION``.
+
+    Pictures: ``KEY.jpg_0`` and ``KEY.jpg_1``, or ``KEY.0.jpg`` and ``KEY.1.jpg`` (any picture suffix), with the label
+    in ``KEY.json`` (``label_0``) or ``KEY.label_0`` (text); or ``KEY.winner.jpg`` and ``KEY.loser.jpg``, without label.
+    Caption: ``caption`` in ``KEY.json``, else ``KEY.txt`` or ``KEY.caption``. The key ends at the first dot.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._count = len(self._samples())
+
+    def __len__(self) -> int:
+        return self._count
+
+    def rows(self, indices: np.ndarray) -> Iterator[Row]:
+        samples = self._samples()
+        with self.path.open("rb") as stream:
+            for index in indices.tolist():
+                sample = samples[index]
+                yield _tar_row(index, f"{self.path.name} sample {sample.key}", sample, stream)
+
+    def _samples(self) -> list[_Sample]:
+        samples: list[_Sample] = []
+        try:
+            with tarfile.open(self.path, "r:") as tar:
+                for member in tar:
+                    if not member.isfile():
+                        continue
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, extension = name.partition(".")
+                    key = f"{folder}/{stem}" if folder else stem
+                    if not samples or samples[-1].key != key:
+                        samples.append(_Sample(key))
+                    samples[-1].members[extension.lower()] = (member.offset_data, member.size)
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise UserError(
+                "cannot read the tar file", str(self.path), f"{error}; compressed tars are not read"
+            ) from error
+        return samples
+
+
+def _tar_row(index: int, where: str, sample: _Sample, stream: Any) -> Row:
+    def read(extension: str) -> bytes | None:
+        offset, size = sample.members[extension]
+        if size > MAX_IMAGE_BYTES:
+            return None
+        stream.seek(offset)
+        return stream.read(size)
+
+    def picture(*names: str) -> bytes | None:
+        wanted = [name for name in names if name.startswith("jpg_")]
+        wanted += [name + suffix for name in names for suffix in IMAGE_SUFFIXES]
+        return next((read(name) for name in wanted if name in sample.members), None)
+
+    value: dict[str, Any] = {}
+    if "json" in sample.members:
+        try:
+            value = json.loads(read("json") or b"")
+        except ValueError as error:
+            return Row(index, where, error="json is no JSON", detail=str(error))
+        if not isinstance(value, dict):
+            return Row(index, where, error="json is no JSON object")
+    for name, extensions in (("caption", ("txt", "caption")), ("label_0", ("label_0",)), ("label_1", ("label_1",))):
+        for extension in extensions:
+            if name not in value and extension in sample.members:
+                value[name] = (read(extension) or b"").decode("utf-8", "surrogateescape").strip()
+    first, second = picture("winner"), picture("loser")
+    if first is not None or second is not None:
+        value = {"caption": value.get("caption"), "label_0": 1.0}
+    else:
+        first, second = picture("jpg_0", "0"), picture("jpg_1", "1")
+    rest: dict[str, Any] = {name: value.get(name) for name in ("caption", "label_0", "label_1", "has_label")}
+    return Row(index, where, first, second, **rest)
+
+
+def path_row(index: int, where: str, value: dict[str, Any], root: Path) -> Row:
+    """A row whose pictures are paths below ``root``; what is wrong with a path becomes the row's ``error``."""
+    named = "winner" in value or "loser" in value
+    first, second = ("winner", "loser") if named else ("image_0", "image_1")
+    images, error, detail = [], "", ""
+    for name in (first, second):
+        data, problem = read_image(root, value.get(name))
+        images.append(data)
+        if problem and not error:
+            error, detail = problem, f"{name}: {value.get(name)}"
+    label = 1.0 if named else value.get("label_0")
+    rest: dict[str, Any] = {} if named else {name: value.get(name) for name in ("label_1", "has_label")}
+    return Row(index, where, images[0], images[1], value.get("caption"), label, error=error, detail=detail, **rest)
+
+
+def read_image(root: Path, name: Any) -> tuple[bytes | None, str]:
+    """Bytes of a picture below ``root``, or what is wrong: a path (or link) that leads outside is never followed."""
+    if not isinstance(name, str) or not name.strip():
+        return None, "no image path"
+    try:
+        base = root.resolve()
+        file = (base / name).resolve()
+        if base not in file.parents:
+            return None, "image path leaves the directory of the records"
+        if not file.is_file():
+            return None, "image file is missing"
+        if file.stat().st_size > MAX_IMAGE_BYTES:
+            return None, "image file is too large"
+        return file.read_bytes(), ""
+    except (OSError, ValueError):  # ValueError: a NUL byte in the path
+        return None, "image file cannot be read"
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    offset = 0
+    with path.open("rb") as stream:
+        for line in stream:
+            yield offset, line
+            offset += len(line)
+
+
+def _counted(path: Path, consumed: list[int]) -> Iterator[str]:
+    # csv.reader takes exactly the lines of one record, so what is consumed after it is where the next one starts.
+    for offset, line in _lines(path):
+        consumed[0] = offset + len(line)
+        yield line.decode("utf-8", "surrogateescape")
+
+
+def _decoded(lines: Iterable[bytes]) -> Iterator[str]:
+    for line in lines:
+        yield line.decode("utf-8", "surrogateescape")
+
+
+def _stat(root: Path, name: str) -> bytes:
+    try:
+        stat = os.stat(root / name)
+        state = f"{stat.st_size} {stat.st_mtime_ns}"
+    except (OSError, ValueError):
+        state = "missing"
+    return f"{name}\0{state}\n".encode("utf-8", "surrogatepass")

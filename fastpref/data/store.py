@@ -1,0 +1,288 @@
+"""A prepared store: memory-mapped shards, columnar index, batches by position."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import ArrayLike
+from safetensors import SafetensorError, safe_open
+
+from fastpref.data import manifest as files
+from fastpref.data.manifest import StoreManifest, read_manifest, shard_name
+from fastpref.errors import UserError
+
+_OPEN_SHARDS = 4096
+_REMEDY = "copy it again or run 'fastpref prepare' with overwrite=true"
+
+
+@dataclass(frozen=True)
+class StoreBatch:
+    """n pairs of one bucket, on the CPU, in the store's dtypes; None for what the store or the family does not have."""
+
+    latents_w: torch.Tensor  # (n, C, H, W), shifted and scaled as the UNet takes them
+    latents_l: torch.Tensor
+    posterior_std_w: torch.Tensor | None  # (n, C, H, W), scaled: latents + std * normal is a posterior sample
+    posterior_std_l: torch.Tensor | None
+    prompt_embeds: torch.Tensor  # (n, L, D)
+    pooled_prompt_embeds: torch.Tensor | None  # (n, P)
+    time_ids_w: torch.Tensor | None  # (n, 6) fp32: original height, width, crop top, left, target height, width
+    time_ids_l: torch.Tensor | None
+    clip_text: torch.Tensor | None  # (n, E) fp32, unit norm
+    clip_image_w: torch.Tensor | None
+    clip_image_l: torch.Tensor | None
+    label: torch.Tensor  # (n,) fp32: probability that the winner is preferred; 0.5 for ties under ties=half
+
+
+@dataclass(frozen=True)
+class ClipBatch:
+    """CLIP embeddings of n pairs, each (n, E) fp32 of unit norm."""
+
+    text: torch.Tensor
+    image_w: torch.Tensor
+    image_l: torch.Tensor
+
+
+class Gathered:
+    """Rows of a table by pair, not copied until they are asked for: ``gathered[indices]``."""
+
+    def __init__(self, table: np.ndarray, rows: np.ndarray) -> None:
+        self._table, self._rows = table, rows
+        self.shape, self.dtype = (len(rows), table.shape[1]), table.dtype
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, indices: np.ndarray | slice) -> np.ndarray:
+        return self._table[self._rows[indices]]
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype=dtype)
+
+
+class Store:
+    """Random access to prepared pairs. Opening reads the index only; shards are mapped when first used."""
+
+    def __init__(self, path: Path, manifest: StoreManifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._shards: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
+        pairs = self._table(files.PAIRS)
+        self._image_w, self._image_l = _column(pairs, "image_w"), _column(pairs, "image_l")
+        self._caption = _column(pairs, "caption")
+        self._label = _column(pairs, "label")
+        if manifest.ties == "keep":
+            self._label = np.ones_like(self._label)
+        self.bucket_ids = _column(pairs, "bucket").astype(np.int64)
+        self.record = _column(pairs, "record")
+        images = self._table(files.IMAGES, ["shard", "row", "bucket", "width", "height", "crop_top", "crop_left"])
+        captions = self._table(files.CAPTIONS)
+        self._image_shard, self._image_row = _column(images, "shard"), _column(images, "row")
+        self._caption_shard, self._caption_row = _column(captions, "shard"), _column(captions, "row")
+        self._time_ids = _time_ids(images, manifest) if manifest.family == "sdxl" else None
+        self._captions = captions.column("caption")
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = False) -> Store:
+        """Open a finished store.
+
+        Args:
+            path: its directory.
+            verify: also compare the sha256 of every file (reads the whole store); sizes are always compared.
+
+        Raises:
+            UserError: not a store, unfinished, another format version, or a file is missing or damaged.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        for name, entry in manifest.files.items():
+            file = path / name
+            if not file.is_file():
+                raise UserError(f"the store's file {name} is missing", str(path), _REMEDY)
+            if file.stat().st_size != entry.bytes:
+                todo = f"{file.stat().st_size} bytes instead of {entry.bytes}: {_REMEDY}"
+                raise UserError(f"the store's file {name} is damaged", str(path), todo)
+        store = cls(path, manifest)
+        if verify:
+            store.verify()
+        return store
+
+    def verify(self) -> None:
+        """Compare the sha256 of every file; :class:`UserError` names the first that differs."""
+        for name, entry in self.manifest.files.items():
+            with (self.path / name).open("rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != entry.sha256:
+                    raise UserError(
+                        f"the store's file {name} is damaged", str(self.path), f"its sha256 differs: {_REMEDY}"
+                    )
+
+    def check_model(self, model_fingerprint: str, family: str) -> None:
+        """Raise :class:`UserError` if the store was made with another VAE, text encoder or family."""
+        if family != self.manifest.family:
+            what = f"the store was made for {self.manifest.family}, the model is {family}"
+            raise UserError(what, str(self.path), "prepare a store with this model")
+        if model_fingerprint != self.manifest.model_fingerprint:
+            what = "a store made for another model: its VAE, text encoders or tokenizers differ"
+            raise UserError(what, str(self.path), "prepare a store with this model")
+
+    def __len__(self) -> int:
+        return len(self._label)
+
+    def batch(self, indices: ArrayLike, flip: ArrayLike | None = None) -> StoreBatch:
+        """The pairs at ``indices`` (n,), all of one bucket.
+
+        Args:
+            indices: positions in ``[0, len(store))``; a repeated one is returned repeatedly.
+            flip: (n,) booleans, the pairs whose mirrored pictures are wanted; needs a store with ``flips``.
+
+        Raises:
+            ValueError: no or out-of-range indices, several buckets, or ``flip`` without stored flips.
+            UserError: a shard cannot be read.
+        """
+        at = np.asarray(indices, dtype=np.int64).reshape(-1)
+        mirrored = np.zeros(len(at), dtype=bool) if flip is None else np.asarray(flip, dtype=bool).reshape(-1)
+        self._check(at, mirrored)
+        bucket = int(self.bucket_ids[at[0]])
+        image_w, image_l, caption = self._image_w[at], self._image_l[at], self._caption[at]
+        has_clip, is_xl = self.manifest.clip_fingerprint is not None, self._time_ids is not None
+        posterior = self.manifest.posterior
+        return StoreBatch(
+            latents_w=self._latents("latents", bucket, image_w, mirrored),
+            latents_l=self._latents("latents", bucket, image_l, mirrored),
+            posterior_std_w=self._latents("posterior_std", bucket, image_w, mirrored) if posterior else None,
+            posterior_std_l=self._latents("posterior_std", bucket, image_l, mirrored) if posterior else None,
+            prompt_embeds=self._text("text", "prompt_embeds", caption),
+            pooled_prompt_embeds=self._text("text", "pooled_prompt_embeds", caption) if is_xl else None,
+            time_ids_w=None if self._time_ids is None else torch.from_numpy(self._time_ids[image_w]),
+            time_ids_l=None if self._time_ids is None else torch.from_numpy(self._time_ids[image_l]),
+            clip_text=self._text("clip-text", "clip_text", caption) if has_clip else None,
+            clip_image_w=self._images("clip-image", f"clip_image.{bucket}", image_w) if has_clip else None,
+            clip_image_l=self._images("clip-image", f"clip_image.{bucket}", image_l) if has_clip else None,
+            label=torch.from_numpy(self._label[at]),
+        )
+
+    def clip_batch(self, indices: ArrayLike) -> ClipBatch:
+        """The CLIP rows of the pairs at ``indices`` (n,), all of one bucket, without reading latents.
+
+        Raises:
+            UserError: the store has no CLIP embeddings.
+        """
+        if self.manifest.clip_fingerprint is None:
+            raise UserError("the store has no CLIP embeddings", str(self.path), "prepare it with clip=FOLDER")
+        at = np.asarray(indices, dtype=np.int64).reshape(-1)
+        self._check(at, np.zeros(len(at), dtype=bool))
+        name = f"clip_image.{int(self.bucket_ids[at[0]])}"
+        return ClipBatch(
+            text=self._text("clip-text", "clip_text", self._caption[at]),
+            image_w=self._images("clip-image", name, self._image_w[at]),
+            image_l=self._images("clip-image", name, self._image_l[at]),
+        )
+
+    def empty_prompt(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``prompt_embeds (1, L, D)`` and, for SDXL, ``pooled_prompt_embeds (1, P)`` of the empty prompt."""
+        empty = np.zeros(1, dtype=np.int64)
+        pooled = None if self._time_ids is None else self._text("text", "pooled_prompt_embeds", empty)
+        return self._text("text", "prompt_embeds", empty), pooled
+
+    def clip_text_all(self) -> Gathered:
+        """CLIP text embeddings of all pairs, ``(len, E)`` fp32: one row a distinct caption in memory.
+
+        Raises:
+            UserError: the store has no CLIP embeddings.
+        """
+        if self.manifest.clip_fingerprint is None:
+            raise UserError("the store has no CLIP embeddings", str(self.path), "prepare it with clip=FOLDER")
+        shards = range(int(self._caption_shard[-1]) + 1)
+        table = torch.cat([self._shard(shard_name("clip-text", n))["clip_text"] for n in shards]).numpy()
+        starts = np.cumsum([0, *(len(self._shard(shard_name("clip-text", n))["clip_text"]) for n in shards)])
+        return Gathered(table, (starts[self._caption_shard] + self._caption_row)[self._caption])
+
+    def captions(self, indices: ArrayLike) -> list[str]:
+        """The captions of the pairs at ``indices``."""
+        return self._captions.take(pa.array(self._caption[np.asarray(indices, dtype=np.int64)])).to_pylist()
+
+    def _check(self, at: np.ndarray, mirrored: np.ndarray) -> None:
+        if not len(at) or at.min() < 0 or at.max() >= len(self):
+            raise ValueError(f"indices must be in [0, {len(self)}) and not empty")
+        if len(mirrored) != len(at):
+            raise ValueError(f"flip has {len(mirrored)} entries for {len(at)} indices")
+        if mirrored.any() and not self.manifest.flips:
+            raise ValueError("the store has no mirrored latents: prepare it with flips=true")
+        if (self.bucket_ids[at] != self.bucket_ids[at[0]]).any():
+            raise ValueError("a batch is of one bucket")
+
+    def _latents(self, name: str, bucket: int, images: np.ndarray, mirrored: np.ndarray) -> torch.Tensor:
+        if not mirrored.any():
+            return self._images("latents", f"{name}.{bucket}", images)
+        if mirrored.all():
+            return self._images("latents", f"{name}_flipped.{bucket}", images)
+        flipped = self._images("latents", f"{name}_flipped.{bucket}", images[mirrored])
+        straight = self._images("latents", f"{name}.{bucket}", images[~mirrored])
+        out = straight.new_empty((len(images), *straight.shape[1:]))
+        chosen = torch.from_numpy(mirrored)
+        out[chosen], out[~chosen] = flipped, straight
+        return out
+
+    def _images(self, kind: str, name: str, images: np.ndarray) -> torch.Tensor:
+        return self._gather(kind, name, self._image_shard[images], self._image_row[images])
+
+    def _text(self, kind: str, name: str, captions: np.ndarray) -> torch.Tensor:
+        return self._gather(kind, name, self._caption_shard[captions], self._caption_row[captions])
+
+    def _gather(self, kind: str, name: str, shards: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+        numbers = np.unique(shards)
+        positions = torch.from_numpy(rows.astype(np.int64))
+        if len(numbers) == 1:
+            return self._tensor(kind, int(numbers[0]), name).index_select(0, positions)
+        out: torch.Tensor | None = None
+        for number in numbers.tolist():
+            tensor = self._tensor(kind, number, name)
+            if out is None:
+                out = tensor.new_empty((len(rows), *tensor.shape[1:]))
+            where = torch.from_numpy(np.flatnonzero(shards == number))
+            out[where] = tensor.index_select(0, positions[where])
+        assert out is not None
+        return out
+
+    def _tensor(self, kind: str, number: int, name: str) -> torch.Tensor:
+        shard = shard_name(kind, number)
+        try:
+            return self._shard(shard)[name]
+        except KeyError:
+            raise UserError(f"the store's file {shard} has no tensor {name}", str(self.path), _REMEDY) from None
+
+    def _shard(self, name: str) -> dict[str, torch.Tensor]:
+        """Tensors of a shard, mapped and not read; the least recently used is unmapped first."""
+        if name in self._shards:
+            self._shards.move_to_end(name)
+            return self._shards[name]
+        try:
+            with safe_open(self.path / name, framework="pt") as shard:
+                tensors = {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"the store's file {name} cannot be read", str(self.path), f"{error}: {_REMEDY}") from error
+        self._shards[name] = tensors
+        if len(self._shards) > _OPEN_SHARDS:
+            self._shards.popitem(last=False)
+        return tensors
+
+    def _table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        try:
+            return pq.read_table(self.path / name, columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"the store's file {name} cannot be read", str(self.path), f"{error}: {_REMEDY}") from error
+
+
+def _column(table: pa.Table, name: str) -> np.ndarray:
+    return table.column(name).to_numpy().copy()
+
+
+def _time_ids(images: pa.Table, manifest: StoreManifest) -> np.ndarray:
+    target = np.asarray(manifest.buckets, dtype=np.float32)[_column(images, "bucket")]
+    columns = [_column(images, name) for name in ("height", "width", "crop_top", "crop_left")]
+    return np.stack([*columns, target[:, 1], target[:, 0]], axis=1).astype(np.float32)
