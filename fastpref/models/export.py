@@ -1,0 +1,172 @@
+"""`fastpref export`: what a run trained, as another program wants it: a LoRA in either naming, or a whole pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from fastpref.errors import UserError
+from fastpref.models.loading import DTYPES, load_unet, model_family, resolve_model_dir
+from fastpref.models.lora_file import (
+    WEIGHTS_NAME,
+    Layout,
+    Lora,
+    check_fits,
+    layers_per_block_of,
+    load_adapter,
+    lora_of,
+    make_lora,
+    read_lora,
+    save_lora,
+)
+
+__all__ = [
+    "WEIGHTS_NAME",
+    "Layout",
+    "Lora",
+    "check_fits",
+    "export_pipeline",
+    "layers_per_block_of",
+    "load_adapter",
+    "lora_of",
+    "make_lora",
+    "read_lora",
+    "run_export",
+    "save_lora",
+]
+
+
+def export_pipeline(
+    model_dir: Path,
+    out_dir: Path,
+    *,
+    lora: Path | None = None,
+    unet: Path | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a pipeline folder with the trained UNet in it; any diffusers program opens it, no LoRA needed.
+
+    The UNet is merged in fp32 and then rounded once; every other part is copied as it is.
+
+    Args:
+        model_dir: the base pipeline folder.
+        out_dir: the new folder; appears only when it is whole.
+        lora: LoRA to merge.
+        unet: UNet folder or .safetensors file to put in place of the base's (the LoRA, if any, goes on top of it).
+        dtype: ``fp32``, ``bf16`` or ``fp16`` of the UNet; default: as the base's file has it.
+        overwrite: replace an existing ``out_dir``.
+
+    Raises:
+        UserError: bad input, an ``out_dir`` that exists, or one that cannot be written.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype is '{dtype}'", "export", "use fp32, bf16 or fp16")
+    if out_dir.exists() and not overwrite:
+        raise UserError("the folder exists", str(out_dir), "give another one, or overwrite")
+    merged: Any = load_unet(model_dir, torch.float32, None if unet is None else str(unet))
+    if lora is not None:
+        load_adapter(merged, lora, "export")
+        merged.fuse_lora(adapter_names=["export"])
+        merged.unload_lora()
+    merged.to(DTYPES[dtype] if dtype else stored_dtype(model_dir / "unet"))
+    draft = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(model_dir, draft, ignore=lambda folder, _: ["unet"] if Path(folder) == model_dir else [])
+        merged.save_pretrained(draft / "unet", safe_serialization=True)
+        if out_dir.exists():
+            shutil.rmtree(out_dir)
+        os.replace(draft, out_dir)
+    except OSError as error:
+        raise UserError("cannot write the pipeline folder", str(out_dir), str(error)) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return out_dir
+
+
+def run_export(
+    source: Path,
+    out: Path,
+    *,
+    layout: Literal["pipeline", "diffusers", "kohya"] = "pipeline",
+    model: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """The body of ``fastpref export``.
+
+    Args:
+        source: a run directory, a LoRA file, or a UNet folder.
+        out: for ``pipeline`` a folder, else a .safetensors file.
+        layout: ``pipeline``: the base with the trained weights merged; ``diffusers``, ``kohya``: a LoRA in that naming.
+        model: base pipeline folder; default: the one in the run's ``config.yaml``.
+        dtype: of the written weights; default as stored.
+        overwrite: replace an existing ``out``.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: nothing trained found, no model known, a full fine-tune asked for as LoRA.
+    """
+    lora, unet = trained_weights(source)
+    base = resolve_model_dir(model if model is not None else _model_of_run(source))
+    if layout == "pipeline":
+        return export_pipeline(base, out, lora=lora, unet=unet, dtype=dtype, overwrite=overwrite)
+    if lora is None:
+        raise UserError("a fully trained UNet is no LoRA", str(source), "export it as pipeline")
+    if out.exists() and not overwrite:
+        raise UserError("the file exists", str(out), "give another name, or overwrite")
+    config = json.loads((base / "unet" / "config.json").read_text())
+    layers = layers_per_block_of(config)
+    weights = read_lora(lora, layers_per_block=layers)
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is '{dtype}'", "export", "use fp32, bf16 or fp16")
+        weights = Lora({key: tensor.to(DTYPES[dtype]) for key, tensor in weights.state.items()}, weights.alphas)
+    return save_lora(weights, out, layout=layout, family=model_family(base), layers_per_block=layers)
+
+
+def trained_weights(source: Path) -> tuple[Path | None, Path | None]:
+    """(LoRA file, UNet folder) of a run directory, a LoRA file or a UNet folder; one of the two is None."""
+    if source.is_file():
+        return source, None
+    if (source / WEIGHTS_NAME).is_file():
+        return source / WEIGHTS_NAME, None
+    for folder in (source / "unet", source):
+        if (folder / "config.json").is_file():
+            return None, folder
+    if not source.exists():
+        raise UserError("no such file or folder", str(source), "give a run directory, a LoRA file or a UNet folder")
+    raise UserError("nothing trained in it", str(source), f"expected {WEIGHTS_NAME} or unet/: did the training finish?")
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the first floating-point tensor in a folder's safetensors; fp32 if there are none."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118
+                name = opened.get_slice(key).get_dtype()
+                if name in ("F32", "F16", "BF16", "F64"):
+                    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[
+                        name
+                    ]
+    return torch.float32
+
+
+def _model_of_run(source: Path) -> str:
+    folder = source if source.is_dir() else source.parent
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+        return str(settings["model"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        raise UserError("the base model is not known", str(source), "give model=<pipeline folder>") from None

@@ -1,0 +1,166 @@
+"""Policy and reference as one object: a UNet, what of it is trained, and how to predict as it was before training."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastpref.config import Config
+from fastpref.models.loading import DTYPES, load_unet
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+POLICY_ADAPTER, REFERENCE_ADAPTER = "default", "reference"
+
+
+@dataclass
+class Conditioning:
+    """What a UNet row is conditioned on; SD1.5 has no pooled embeddings and no time ids."""
+
+    prompt_embeds: torch.Tensor  # (N, L, D)
+    pooled_prompt_embeds: torch.Tensor | None = None  # (N, P)
+    time_ids: torch.Tensor | None = None  # (N, 6)
+
+    def kwargs(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments of UNet2DConditionModel.forward."""
+        arguments: dict[str, Any] = {"encoder_hidden_states": self.prompt_embeds.to(dtype)}
+        if self.pooled_prompt_embeds is not None and self.time_ids is not None:
+            arguments["added_cond_kwargs"] = {
+                "text_embeds": self.pooled_prompt_embeds.to(dtype),
+                "time_ids": self.time_ids.to(dtype),
+            }
+        return arguments
+
+
+class Policy:
+    """A UNet in training and its frozen reference.
+
+    The reference is the adapter switched off (LoRA), a frozen second adapter (LoRA started from a file), or a frozen
+    copy (full fine-tuning). Rows that pass through the UNet are counted.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, config: Config, device: torch.device, reference: Any = None) -> None:
+        self.unet: Any = unet
+        self.config = config
+        self.device = device
+        self.base_dtype = DTYPES[config.precision]
+        self.reference_unet = reference
+        self.trainable: dict[str, torch.nn.Parameter] = {n: p for n, p in unet.named_parameters() if p.requires_grad}
+        self.forwards = self.recomputed = self.backwards = 0
+        self._adapters = _adapter_layers(unet) if config.train == "lora" else []
+        self._has_reference_adapter = config.init_lora is not None and config.train == "lora"
+
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The policy's prediction ``(N, C, H, W)``; builds a graph if gradients are enabled."""
+        self.forwards += len(noisy)
+        with self._autocast():
+            return self._call(self.unet, noisy, timesteps, conditioning)
+
+    @torch.no_grad()
+    def predict_reference(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """The same from the reference, never with a graph."""
+        self.forwards += len(noisy)
+        with self._autocast(), self._as_reference():
+            return self._call(self.reference_unet or self.unet, noisy, timesteps, conditioning)
+
+    def count_backward(self, rows: int) -> None:
+        """Book a backward through ``rows`` rows; with checkpointing the forward inside it was run again."""
+        self.backwards += rows
+        self.recomputed += rows if self.config.gradient_checkpointing else 0
+
+    def _call(
+        self, unet: Any, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        dtype = self.base_dtype
+        return unet(noisy.to(dtype), timesteps, **conditioning.kwargs(dtype), return_dict=False)[0]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.base_dtype in (torch.float32, torch.float64):
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.base_dtype)
+
+    def _as_reference(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.reference_unet is not None else _ReferenceAdapter(self)
+
+
+class _ReferenceAdapter:
+    """Inside, the LoRA layers act as before training."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.layers, self.second = policy._adapters, policy._has_reference_adapter
+
+    def __enter__(self) -> None:
+        for layer in self.layers:
+            if self.second:
+                layer.set_adapter(REFERENCE_ADAPTER)
+            else:
+                layer.enable_adapters(False)
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self.layers:
+            if self.second:
+                layer.set_adapter(POLICY_ADAPTER)
+            else:
+                layer.enable_adapters(True)
+
+
+def load_policy(config: Config, model_dir: Path, device: torch.device, *, needs_reference: bool) -> Policy:
+    """The UNet of ``model_dir`` (or ``config.unet``) made ready for training.
+
+    Frozen weights are in ``config.precision``; trained ones in fp32 (fp64 for fp64).
+    """
+    master = torch.float64 if config.precision == "fp64" else torch.float32
+    frozen = DTYPES[config.precision] if config.train == "lora" else master
+    unet = load_unet(model_dir, frozen, config.unet)
+    unet.requires_grad_(False)
+    reference = None
+    if config.train == "lora":
+        _add_lora(unet, config, master)
+    else:
+        if needs_reference:
+            reference = copy.deepcopy(unet).to(device, DTYPES[config.precision]).eval()
+        unet.requires_grad_(True)
+    unet.to(device)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.eval()  # a dropout mask would make the rewards of the first pass other than those of the second
+    return Policy(unet, config, device, reference)
+
+
+def _add_lora(unet: Any, config: Config, dtype: torch.dtype) -> None:
+    from peft import LoraConfig
+
+    if config.init_lora is not None:
+        from fastpref.models.export import load_adapter
+
+        load_adapter(unet, Path(config.init_lora), POLICY_ADAPTER)
+        load_adapter(unet, Path(config.init_lora), REFERENCE_ADAPTER)
+        unet.set_adapter(POLICY_ADAPTER)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            lora = LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha or config.lora_rank,
+                init_lora_weights="gaussian",
+                target_modules=list(config.lora_targets),
+            )
+            unet.add_adapter(lora, adapter_name=POLICY_ADAPTER)
+    for name, parameter in unet.named_parameters():
+        if ".lora_" in name:
+            parameter.requires_grad_(f".{POLICY_ADAPTER}." in name)
+            parameter.data = parameter.data.to(dtype)
+
+
+def _adapter_layers(unet: Any) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]

@@ -1,0 +1,106 @@
+"""Checkpoints that are either whole or not there, and are checked before they are believed.
+
+``checkpoints/step-NNNNNN/`` holds ``state.safetensors``, ``state.json`` and ``manifest.json`` with the sha256 of both.
+It is written under another name, synced and renamed, so a kill at any moment leaves the one before it in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+FORMAT = 1
+
+
+@dataclass
+class Checkpoint:
+    """What was saved after ``step`` optimizer steps."""
+
+    path: Path
+    step: int
+    tensors: dict[str, torch.Tensor]
+    values: dict[str, Any]
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint directory whose contents are not what its manifest says."""
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, torch.Tensor], values: dict[str, Any], keep: int
+) -> Path:
+    """Write ``folder/step-NNNNNN`` atomically and drop all but the ``keep`` newest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final, draft = folder / f"step-{step:06d}", folder / f".step-{step:06d}.tmp"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft / "state.safetensors"
+    )
+    (draft / "state.json").write_text(json.dumps({"step": step, **values}))
+    hashes = {name: _sha256(draft / name) for name in ("state.safetensors", "state.json")}
+    (draft / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "sha256": hashes}))
+    for file in (*draft.iterdir(), draft):
+        _sync(file)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(draft, final)
+    _sync(folder)
+    for old in _steps(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, cut short or altered.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, expected in manifest["sha256"].items():
+            if _sha256(path / name) != expected:
+                raise DamagedCheckpoint(f"{name} does not match its checksum")
+        values = json.loads((path / "state.json").read_text())
+        return Checkpoint(path, int(manifest["step"]), load_file(path / "state.safetensors"), values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(" ".join(str(error).split())) from error
+
+
+def newest_intact(folder: Path) -> Iterator[Checkpoint | tuple[Path, str]]:
+    """Walk from the newest checkpoint down: (path, fault) for each damaged one, then the first intact one, and stop."""
+    for path in _steps(folder):
+        try:
+            checkpoint = load_checkpoint(path)
+        except DamagedCheckpoint as fault:
+            yield path, str(fault)
+            continue
+        yield checkpoint
+        return
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

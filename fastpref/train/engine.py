@@ -1,0 +1,133 @@
+"""What runs the backward and the step. One small interface; this process alone implements it trivially."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+
+from fastpref.config import Config
+from fastpref.models.policy import Policy
+from fastpref.train.optim import build_optimizer
+
+
+class Engine(Protocol):
+    """All that a training loop asks of the machinery below it."""
+
+    rank: int
+    world_size: int
+
+    def share(self, pairs: int) -> slice:
+        """This rank's part of a global batch."""
+        ...
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """``(F, n)`` of every rank, joined along the second dimension in rank order."""
+        ...
+
+    def backward(self, objective: torch.Tensor) -> None:
+        """Add the gradient of a scalar that already carries its share of the global mean."""
+        ...
+
+    def step(self, learning_rate: float) -> float | None:
+        """Clip, update, clear gradients. Returns the gradient norm before clipping, or None if it was not finite
+        and nothing was updated."""
+        ...
+
+    def discard(self) -> None:
+        """Clear gradients without an update."""
+        ...
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and JSON values that :meth:`load_state` needs to go on bit for bit."""
+        ...
+
+    def load_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+        """Put back what :meth:`state` gave."""
+        ...
+
+
+class LocalEngine:
+    """One process, one device."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, policy: Policy, config: Config) -> None:
+        self.parameters = list(policy.trainable.values())
+        self.names = list(policy.trainable)
+        self.optimizer = build_optimizer(config, self.parameters)
+        self.max_grad_norm = config.max_grad_norm
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=config.precision == "fp16")
+        self.ema_decay = config.ema_decay
+        self.ema = [p.detach().clone() for p in self.parameters] if config.ema_decay else []
+
+    def share(self, pairs: int) -> slice:
+        return slice(0, pairs)
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def backward(self, objective: torch.Tensor) -> None:
+        self.scaler.scale(objective).backward()
+
+    def step(self, learning_rate: float) -> float | None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.scaler.unscale_(self.optimizer)
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        finite = math.isfinite(norm)
+        if finite or self.scaler.is_enabled():  # an enabled scaler skips by itself and must see it, to lower its scale
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.discard()
+        if finite:
+            self._update_ema()
+        return norm if finite else None
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        tensors: dict[str, torch.Tensor] = {}
+        values: dict[str, Any] = {"optimizer": {}, "scaler": self.scaler.state_dict()}
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            for key, value in entry.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer.{index}.{key}"] = value
+                else:
+                    values["optimizer"][f"{index}.{key}"] = value
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            tensors[f"policy.{name}"] = parameter.detach()
+        for name, average in zip(self.names, self.ema, strict=False):
+            tensors[f"ema.{name}"] = average
+        return tensors, values
+
+    def load_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+        state: dict[int, dict[str, Any]] = {}
+        for key, value in [*tensors.items(), *((f"optimizer.{k}", v) for k, v in values["optimizer"].items())]:
+            part, _, rest = key.partition(".")
+            if part == "optimizer":
+                index, _, field = rest.partition(".")
+                state.setdefault(int(index), {})[field] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        with torch.no_grad():
+            for name, parameter in zip(self.names, self.parameters, strict=True):
+                parameter.copy_(tensors[f"policy.{name}"])
+            for name, average in zip(self.names, self.ema, strict=False):
+                average.copy_(tensors[f"ema.{name}"])
+        if values["scaler"]:
+            self.scaler.load_state_dict(values["scaler"])
+
+    def ema_weights(self) -> dict[str, torch.Tensor]:
+        """The averaged weights by parameter name; empty without ``ema_decay``."""
+        return dict(zip(self.names, self.ema, strict=False))
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        if self.ema:
+            assert self.ema_decay is not None
+            torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1.0 - self.ema_decay)

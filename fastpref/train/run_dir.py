@@ -1,0 +1,92 @@
+"""The run directory: who may write it, and what of an earlier run is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fastpref.config import Config, load_config, save_config
+from fastpref.errors import UserError
+
+# Settings that may change between the parts of a resumed run without changing what is computed.
+# fmt: off
+FREE_ON_RESUME = frozenset([
+    "name", "output_dir", "resume", "overwrite", "evaluate", "steps", "device", "threads", "micro_batch_size",
+    "accumulation", "checkpoint_every", "keep_checkpoints", "log_every", "tracker", "guidance_scale", "sample_steps",
+    "eval_records", "eval_prompts", "eval_seeds", "eval_batch_size", "records", "ties", "posterior", "buckets",
+    "resolution", "clip", "max_reject_share", "shard_size", "prepare_batch_size", "max_image_pixels",
+    "vae_precision", "max_skipped_steps", "engine",
+])
+# fmt: on
+
+
+def check_run_dir(config: Config) -> bool:
+    """Whether the run continues an earlier one. Writes nothing.
+
+    Raises:
+        UserError: the directory exists and neither ``resume=auto`` nor ``overwrite=true`` is set, it is no run
+            directory, it cannot be written, or it was made with settings that cannot be continued.
+    """
+    run_dir = config.run_dir
+    check_writable(run_dir)
+    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+        return False
+    is_run = (run_dir / "config.yaml").is_file()
+    if config.overwrite:
+        if not is_run:
+            raise UserError(
+                "not a run directory, so overwrite=true does not delete it", str(run_dir), "choose another name"
+            )
+        return False
+    if config.resume != "auto":
+        raise UserError("the run directory exists", str(run_dir), "set resume=auto, overwrite=true or another name")
+    if not is_run:
+        raise UserError("not a run directory: nothing to resume", str(run_dir), "choose another name")
+    _check_same(config, run_dir)
+    return True
+
+
+def open_run_dir(config: Config, resuming: bool) -> Path:
+    """Make the run directory (clearing it for ``overwrite=true``) and save the resolved config."""
+    run_dir = config.run_dir
+    if not resuming and run_dir.exists():
+        shutil.rmtree(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir / "config.yaml")
+    except OSError as error:
+        raise UserError("cannot write the run directory", str(run_dir), str(error)) from None
+    return run_dir
+
+
+def check_writable(path: Path) -> None:
+    """Raise :class:`UserError` if the nearest existing parent of ``path`` is read-only or no directory.
+
+    A directory without any write bit counts as read-only for root too, whom the system would not stop.
+    """
+    parent = path.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UserError("the output path runs through a file", str(parent), "choose another output_dir")
+    if not os.access(parent, os.W_OK) or not parent.stat().st_mode & 0o222:
+        raise UserError("the output directory is read-only", str(parent), "choose another output_dir")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of an earlier part of the run, or an empty one."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _check_same(config: Config, run_dir: Path) -> None:
+    before, now = load_config(run_dir / "config.yaml").model_dump(), config.model_dump()
+    for key in now:
+        if key not in FREE_ON_RESUME and before[key] != now[key]:
+            raise UserError(
+                f"{key} is {now[key]!r} but the run was started with {before[key]!r}",
+                str(run_dir),
+                "resume with the same settings, or set overwrite=true or another name",
+            )

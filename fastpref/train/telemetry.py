@@ -1,0 +1,153 @@
+"""What a run says about itself: metrics.jsonl, live curves, a progress line, and the numbers of summary.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fastpref.config import Config
+from fastpref.errors import UserError
+
+
+class MetricsLog:
+    """One JSON object a logged step in ``metrics.jsonl``, and the same numbers to the tracker.
+
+    On resume, lines after the checkpoint's step are cut off, so the file reads as if nothing had happened.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, start: int) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        _keep_until(self.path, start)
+        self._stream = self.path.open("a")
+        self._tracker = _tracker(config, run_dir, start)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Append one step. NaN and infinity become null: they are not JSON."""
+        clean = {k: (None if isinstance(v, float) and not _finite(v) else v) for k, v in metrics.items()}
+        self._stream.write(json.dumps(clean) + "\n")
+        self._stream.flush()
+        self._tracker({k: v for k, v in clean.items() if v is not None})
+
+    def sync(self) -> None:
+        """Put what was written on disk; a checkpoint of a step comes after its line."""
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def progress_bar(console: Console | None = None) -> Progress:
+    """The one look of all long work: what, bar, count, elapsed, ETA."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        console=console or Console(stderr=True),
+        refresh_per_second=2,
+    )
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C asks the loop to stop after its step; a second one kills as usual."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(number, self._before[number])
+        sys.stderr.write(f"\n{signal.Signals(number).name}: finishing the step, then a checkpoint\n")
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def peak_device_bytes(device: torch.device) -> int:
+    """Largest allocation on the GPU so far, in bytes; 0 on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that a reader sees the old one or the new one, never half."""
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    os.replace(draft, path)
+
+
+def _tracker(config: Config, run_dir: Path, start: int) -> Any:
+    if config.tracker == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start or None)
+
+        def to_tensorboard(metrics: dict[str, Any]) -> None:
+            for key, value in metrics.items():
+                if key != "step":
+                    writer.add_scalar(key, value, metrics["step"])
+
+        return to_tensorboard
+    if config.tracker == "wandb":
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("tracker wandb needs wandb", "tracker", "pip install 'fastpref[tracking]'") from None
+        run = wandb.init(project="fastpref", name=config.name, dir=str(run_dir), config=config.model_dump(mode="json"))
+        return lambda metrics: run.log(metrics, step=metrics["step"])
+    return lambda metrics: None
+
+
+def _keep_until(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            break  # a line cut by a kill; nothing after it was acknowledged
+    draft = path.with_name(".metrics.tmp")
+    draft.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(draft, path)
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+class Clock:
+    """Seconds since it was made, plus what earlier parts of a resumed run took."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        self.before, self.start = before, time.perf_counter()
+
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.start
