@@ -1,0 +1,278 @@
+"""Pictures as a function of (weights, prompt, seed): the same in any batch, and the same for any diffusers program.
+
+The initial latents of a picture are keyed noise of (seed, prompt); DDIM with eta = 0 (arXiv 2010.02502) draws nothing
+more. The denoising itself is the diffusers pipeline's own call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastpref_kernels import derive_keys, keyed_noise
+from PIL import Image
+
+from fastpref.config import Config
+from fastpref.errors import UserError
+from fastpref.evaluate.sheets import contact_sheet, save_png, slugs
+from fastpref.models.loading import DTYPES, load_pipeline, load_unet, resolve_device, resolve_model_dir
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One sample."""
+
+    prompt: str
+    seed: int
+    image: Image.Image
+
+
+@dataclass
+class Work:
+    """What sampling cost, in rows; guidance makes two UNet rows of a picture."""
+
+    unet_forwards: int = 0
+    vae_decodes: int = 0
+    text_forwards: int = 0
+
+    def add(self, other: Work) -> None:
+        """Sum up."""
+        self.unet_forwards += other.unet_forwards
+        self.vae_decodes += other.vae_decodes
+        self.text_forwards += other.text_forwards
+
+
+def prompt_id(prompt: str) -> int:
+    """The first 64 bits of the prompt's sha256, as a signed integer."""
+    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big", signed=True)
+
+
+def initial_latents(prompts: Sequence[str], seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
+    """Standard normal noise ``(n, *shape)``, fp32, of n (prompt, seed) pairs; row i depends on pair i only."""
+    keys = [
+        derive_keys(seed, 0, torch.tensor([prompt_id(prompt)]), 0, "sample")
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    return keyed_noise(torch.cat(keys), shape, torch.float32)
+
+
+def sampling_scheduler(noise_scheduler: Any) -> Any:
+    """DDIM over the pipeline's own noise schedule, prediction type and timestep spacing.
+
+    Configs that lack ``clip_sample`` and ``set_alpha_to_one`` get False for both: latents have no range to clip to.
+    """
+    from diffusers import DDIMScheduler
+
+    config = dict(noise_scheduler.config)
+    return DDIMScheduler.from_config({"clip_sample": False, "set_alpha_to_one": False, **config})
+
+
+def latent_shape(pipeline: Any, size: int | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the latents for square pictures of ``size`` pixels; None: the model's own size."""
+    side = pipeline.unet.config.sample_size if size is None else size // pipeline.vae_scale_factor
+    return pipeline.unet.config.in_channels, side, side
+
+
+def generate(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    guidance_scale: float,
+    sample_steps: int,
+    batch_size: int,
+    size: int | None = None,
+    progress: bool = False,
+    work: Work | None = None,
+) -> list[Picture]:
+    """Every prompt with every seed, prompt by prompt.
+
+    Args:
+        pipeline: a diffusers SDXL or SD1.5 pipeline, with or without LoRA.
+        guidance_scale: classifier-free guidance; 1 is none.
+        sample_steps: DDIM steps.
+        batch_size: pictures at once; with guidance the UNet sees twice as many rows. It does not change the pictures.
+        size: height and width in pixels; None: the model's own.
+        progress: draw a progress bar.
+        work: gets the rows counted.
+    """
+    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    shape = latent_shape(pipeline, size)
+    pictures: list[Picture] = []
+    with _ddim(pipeline), _counted(pipeline, work or Work()):
+        for start in _steps(len(pairs), batch_size, progress):
+            batch = pairs[start : start + batch_size]
+            texts = [prompt for prompt, _ in batch]
+            latents = initial_latents(texts, [seed for _, seed in batch], shape)
+            images = pipeline(
+                prompt=texts,
+                latents=latents.to(pipeline.device, pipeline.dtype),
+                height=shape[1] * pipeline.vae_scale_factor,
+                width=shape[2] * pipeline.vae_scale_factor,
+                guidance_scale=guidance_scale,
+                num_inference_steps=sample_steps,
+                eta=0.0,
+                output_type="pil",
+            ).images
+            pictures += [Picture(prompt, seed, image) for (prompt, seed), image in zip(batch, images, strict=True)]
+    return pictures
+
+
+def load_policy_pipeline(config: Config, *, lora: Path | None = None, unet: Path | None = None) -> Any:
+    """The config's pipeline with the trained weights on it, as a diffusers user would put them there.
+
+    Args:
+        lora: LoRA file or folder; it goes onto the UNet that the config starts from.
+        unet: UNet folder or .safetensors file in place of that one. With neither, what the config starts from, its
+            LoRA included.
+
+    Raises:
+        UserError: bad model, LoRA or UNet.
+    """
+    from fastpref.models.export import check_fits, layers_per_block_of, read_lora
+
+    folder, device = resolve_model_dir(config.model), resolve_device(config.device)
+    dtype = torch.float32 if config.precision == "fp64" else DTYPES[config.precision]
+    pipeline: Any = load_pipeline(folder, dtype, device)
+    if lora is None and unet is None and config.init_lora is not None:
+        lora = Path(config.init_lora)
+    source = config.unet if unet is None else str(unet)
+    if source is not None:
+        pipeline.unet = load_unet(folder, dtype, source).to(device)
+    if lora is not None:
+        file = Path(lora)
+        weights = read_lora(file, layers_per_block=layers_per_block_of(pipeline.unet.config), text_encoders="ignore")
+        check_fits(weights, pipeline.unet, str(file))
+        name = {"weight_name": file.name} if file.is_file() else {}
+        pipeline.load_lora_weights(str(file.parent if file.is_file() else file), **name)
+    return pipeline
+
+
+def run_sample(
+    config: Config,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    lora: Path | None = None,
+    unet: Path | None = None,
+    out_dir: Path = Path("samples"),
+    *,
+    size: int | None = None,
+    progress: bool = True,
+    work: Work | None = None,
+) -> list[Path]:
+    """The body of ``fastpref sample``: one PNG per prompt and seed, ``<slug>-<seed>.png``, and ``contact_sheet.png``.
+
+    Args:
+        lora, unet: see :func:`load_policy_pipeline`.
+        size: height and width in pixels; None: the model's own.
+        work: gets the rows counted.
+
+    Returns:
+        The pictures' files, prompt by prompt.
+
+    Raises:
+        UserError: nothing to sample, bad weights, an ``out_dir`` that cannot be written.
+    """
+    if not prompts or any(not prompt.strip() for prompt in prompts):
+        raise UserError(
+            "an empty prompt" if prompts else "no prompts", "sample", "give at least one prompt, none of them empty"
+        )
+    if not seeds or any(seed < 0 for seed in seeds):
+        raise UserError(f"seeds are {list(seeds)}", "sample", "give at least one, none of them negative")
+    if size is not None and (size < 8 or size % 8):
+        raise UserError(f"size is {size}", "sample", "use a multiple of 8")
+    prompts, seeds = list(dict.fromkeys(prompts)), list(dict.fromkeys(seeds))
+    check_writable(out_dir)
+    pipeline = load_policy_pipeline(config, lora=lora, unet=unet)
+    pictures = generate(
+        pipeline,
+        prompts,
+        seeds,
+        guidance_scale=config.guidance_scale,
+        sample_steps=config.sample_steps,
+        batch_size=config.eval_batch_size,
+        size=size,
+        progress=progress,
+        work=work,
+    )
+    files = save_pictures(pictures, out_dir)
+    save_png(contact_sheet(by_prompt(pictures), prompts), out_dir / "contact_sheet.png")
+    return files
+
+
+def save_pictures(pictures: Sequence[Picture], out_dir: Path) -> list[Path]:
+    """Write each picture as ``<slug of the prompt>-<seed>.png``, each file whole or not there."""
+    names = slugs([picture.prompt for picture in pictures])
+    return [save_png(p.image, out_dir / f"{names[p.prompt]}-{p.seed}.png") for p in pictures]
+
+
+def by_prompt(pictures: Sequence[Picture]) -> list[list[Image.Image]]:
+    """The images, a row a prompt."""
+    rows: dict[str, list[Image.Image]] = {}
+    for picture in pictures:
+        rows.setdefault(picture.prompt, []).append(picture.image)
+    return list(rows.values())
+
+
+def check_writable(out_dir: Path) -> None:
+    """Make the folder, and raise a UserError now rather than after the work if files cannot be made in it."""
+    probe = out_dir / f".probe.{os.getpid()}"
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError("cannot write there", str(out_dir), error.strerror or str(error)) from None
+
+
+def _steps(total: int, batch_size: int, progress: bool) -> Iterator[int]:
+    starts = range(0, total, batch_size)
+    if not progress:
+        yield from starts
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task("sampling", total=total)
+        for start in starts:
+            yield start
+            bar.advance(task, min(batch_size, total - start))
+
+
+@contextmanager
+def _ddim(pipeline: Any) -> Iterator[None]:
+    own = pipeline.scheduler
+    pipeline.scheduler = sampling_scheduler(own)
+    try:
+        yield
+    finally:
+        pipeline.scheduler = own
+
+
+@contextmanager
+def _counted(pipeline: Any, work: Work) -> Iterator[None]:
+    def unet(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        work.unet_forwards += len(args[0] if args else kwargs["sample"])
+
+    def decoder(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        work.vae_decodes += len(args[0] if args else kwargs["sample"])
+
+    def text(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        work.text_forwards += len(args[0] if args else kwargs["input_ids"])
+
+    handles = [
+        pipeline.unet.register_forward_pre_hook(unet, with_kwargs=True),
+        pipeline.vae.decoder.register_forward_pre_hook(decoder, with_kwargs=True),
+        pipeline.text_encoder.register_forward_pre_hook(text, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
