@@ -97,9 +97,9 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Sample held-out prompts before and after, score them, and renew summary.json and report.html."""
+    from fastpref.atomic import write_json
     from fastpref.evaluate.report import write_report
     from fastpref.train.run_dir import read_json
-    from fastpref.train.telemetry import write_json
 
     config = _config_of_run(run, overrides)
     evaluation = {tag: _evaluate(config, run, tag) for tag in ("before", "after")}
@@ -155,9 +155,9 @@ def _fail(line: str, debug: bool) -> None:
 
 
 def _run_training(config: Config, dry_run: bool) -> None:
+    from fastpref.atomic import write_json
     from fastpref.train.job import Stopped, TrainJob
     from fastpref.train.run_dir import check_run_dir, open_run_dir, read_json
-    from fastpref.train.telemetry import write_json
 
     began = time.perf_counter()
     resuming = check_run_dir(config)

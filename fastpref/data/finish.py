@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from fastpref.atomic import write_bytes, write_json, write_table
 from fastpref.data import manifest
-from fastpref.data.atomic import write_bytes, write_json, write_table
 from fastpref.data.images import fit
 from fastpref.data.job import Job
 from fastpref.data.manifest import StoredFile, StoreManifest

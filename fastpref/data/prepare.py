@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastpref.atomic import write_bytes, write_json, write_table
 from fastpref.config import Config
 from fastpref.data import manifest
-from fastpref.data.atomic import write_bytes, write_json, write_table
 from fastpref.data.finish import finish, write_rejected
 from fastpref.data.images import own_pixel_limit
 from fastpref.data.job import Job, make_job

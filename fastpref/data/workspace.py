@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastpref.atomic import TEMPORARY, make_directory, remove_temporaries, write_json
 from fastpref.data import manifest
-from fastpref.data.atomic import TEMPORARY, make_directory, remove_temporaries, write_json
 from fastpref.errors import UserError
 
 STALL_SECONDS = 1800.0

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from PIL import Image
 
+from fastpref.atomic import write_bytes
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.evaluate.charts import Chart, Series, draw
@@ -69,7 +70,9 @@ def write_report(run_dir: Path) -> Path:
         finished=bool(summary),
         steps_logged=len(metrics.get("step", [])),
     )
-    return _write(run_dir / "report.html", page)
+    path = run_dir / "report.html"
+    write_bytes(path, page.encode())
+    return path
 
 
 def read_metrics(path: Path) -> dict[str, list[float]]:
@@ -225,13 +228,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError("cannot read the file", str(path), str(error)) from None
     return value if isinstance(value, dict) else {}
-
-
-def _write(path: Path, page: str) -> Path:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(page, encoding="utf-8")
-        os.replace(draft, path)
-    except OSError as error:
-        raise UserError("cannot write the report", str(path), error.strerror or str(error)) from None
-    return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import io
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from fastpref.errors import UserError
+from fastpref.atomic import make_directory, write_bytes
 
 TILE = 96  # pixels: smaller pictures are enlarged to it by whole factors, larger ones reduced to 256
 MAX_TILE = 256
@@ -30,14 +30,10 @@ def slugs(prompts: Sequence[str]) -> dict[str, str]:
 
 def save_png(image: Image.Image, path: Path) -> Path:
     """Write a PNG atomically; raises a UserError if it cannot be written."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(draft, format="PNG")
-        os.replace(draft, path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise UserError("cannot write the picture", str(path), error.strerror or str(error)) from None
+    make_directory(path.parent)
+    png = io.BytesIO()
+    image.save(png, format="PNG")
+    write_bytes(path, png.getvalue())
     return path
 
 

@@ -8,7 +8,6 @@ the weights, or nowhere, which means alpha = rank.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -18,8 +17,8 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from fastpref.atomic import write_tensors
 from fastpref.errors import UserError
 from fastpref.models.lora_naming import KOHYA_PREFIX, alpha_module, diffusers_key, kohya_name, weight_key
 
@@ -167,7 +166,7 @@ def save_lora(
         tensors = {f"unet.{key}": tensor for key, tensor in lora.state.items()}
         config = {f"unet.{key}": value for key, value in lora.peft_config().items()}
         metadata = {"format": "pt", _METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
-    _write_file(file, tensors, metadata)
+    write_tensors(file, tensors, metadata)
     return file
 
 
@@ -277,16 +276,3 @@ def _read_file(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError("cannot read the LoRA file", str(file), f"it must be safetensors: {error}") from None
-
-
-def _write_file(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    draft = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, draft, metadata=metadata
-        )
-        os.replace(draft, file)
-    except (OSError, SafetensorError) as error:
-        draft.unlink(missing_ok=True)
-        raise UserError("cannot write the LoRA file", str(file), str(error)) from None

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from fastpref.atomic import write_tensors
 
 FORMAT = 1
 
@@ -43,9 +45,7 @@ def save_checkpoint(
     final, draft = folder / f"step-{step:06d}", folder / f".step-{step:06d}.tmp"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft / "state.safetensors"
-    )
+    write_tensors(draft / "state.safetensors", tensors)
     (draft / "state.json").write_text(json.dumps({"step": step, **values}))
     hashes = {name: _sha256(draft / name) for name in ("state.safetensors", "state.json")}
     (draft / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "sha256": hashes}))

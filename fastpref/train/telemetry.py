@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import sys
-import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fastpref.atomic import write_bytes
 from fastpref.config import Config
 from fastpref.errors import UserError
 
@@ -95,13 +95,6 @@ def peak_device_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never half."""
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    os.replace(draft, path)
-
-
 def _tracker(config: Config, run_dir: Path, start: int) -> Any:
     if config.tracker == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -134,20 +127,8 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             break  # a line cut by a kill; nothing after it was acknowledged
-    draft = path.with_name(".metrics.tmp")
-    draft.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(draft, path)
+    write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 def _finite(value: float) -> bool:
     return value - value == 0.0
-
-
-class Clock:
-    """Seconds since it was made, plus what earlier parts of a resumed run took."""
-
-    def __init__(self, before: float = 0.0) -> None:
-        self.before, self.start = before, time.perf_counter()
-
-    def seconds(self) -> float:
-        return self.before + time.perf_counter() - self.start

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from fastpref.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import torch
 
 TEMPORARY = ".tmp"
 
@@ -36,12 +38,38 @@ def write_bytes(path: Path, data: bytes | memoryview) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:
-    """Write ``value`` as JSON in one step."""
-    return write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    """Write ``value`` as JSON in one step; NaN and infinity are a ValueError, being no JSON."""
+    return write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file in one step.
+
+    Raises:
+        UserError: the directory cannot be written or the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(plain, temporary, metadata=metadata)
+        temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError("cannot write the file", str(path), str(error)) from error
 
 
 def write_table(path: Path, table: pa.Table) -> dict[str, Any]:
     """Write a parquet file in one step."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return write_bytes(path, memoryview(sink.getvalue()))
@@ -59,3 +87,9 @@ def remove_temporaries(folder: Path) -> None:
     """Delete what a killed process left under a temporary name."""
     for leftover in folder.glob(f".*{TEMPORARY}"):
         leftover.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
