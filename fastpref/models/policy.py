@@ -33,7 +33,7 @@ class Conditioning:
         if self.pooled_prompt_embeds is not None and self.time_ids is not None:
             arguments["added_cond_kwargs"] = {
                 "text_embeds": self.pooled_prompt_embeds.to(dtype),
-                "time_ids": self.time_ids.to(dtype),
+                "time_ids": self.time_ids,  # pixel counts, which bf16 would round
             }
         return arguments
 

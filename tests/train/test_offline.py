@@ -183,6 +183,32 @@ def test_gradient_checkpointing_changes_nothing_but_the_count(sdxl_config: MakeC
     assert (again.policy.forwards, again.policy.recomputed, again.policy.backwards) == (48, 16, 16)
 
 
+def test_gradient_checkpointing_runs_the_blocks_again(sdxl_config: MakeConfig) -> None:
+    def block_calls(*overrides: str) -> int:
+        trainer = make_trainer(sdxl_config("method=sft", *overrides))
+        calls = 0
+
+        def count(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        trainer.policy.unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(count)
+        trainer.step(0)
+        return calls
+
+    assert block_calls() == 1 and block_calls("gradient_checkpointing=true") == 2
+
+
+def test_sizes_reach_the_unet_unrounded_in_bf16(sdxl_config: MakeConfig) -> None:
+    trainer = make_trainer(sdxl_config("method=sft", "precision=bf16"))
+    batch = trainer.batches.build(trainer.sampler.batch(0), slice(0, 2))
+    batch.conditioning.time_ids = torch.tensor([[1365.0, 767, 13, 171, 1024, 1024]] * 2)
+    seen: list[torch.Tensor] = []
+    trainer.policy.unet.add_time_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    trainer.policy.predict(batch.noisy, batch.timesteps, batch.conditioning)
+    assert seen[0].tolist() == [1365, 767, 13, 171, 1024, 1024] * 2
+
+
 def test_work_counts_of_each_method(sdxl_config: MakeConfig) -> None:
     def rows(*overrides: str) -> tuple[int, int]:
         trainer = make_trainer(sdxl_config(*overrides))
