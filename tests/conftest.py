@@ -85,9 +85,8 @@ def _recipe(model: Path, store: Path, tmp_path: Path) -> Callable[..., Any]:
 
 
 def _prepare(model: Path, records: Path, store: Path, *overrides: str) -> None:
-    from fastpref.data.prepare import prepare
-
     from fastpref.config import load_config
+    from fastpref.data.prepare import prepare
 
     settings = [f"model={model}", f"store={store}", f"records={records}", *SMALL[1:], *overrides]
     prepare(load_config("", settings), progress=False)

@@ -50,7 +50,7 @@ class Plan:
 
 
 def make_plan(scanned: list[pa.Table], buckets: list[Size]) -> Plan:
-    """The plan of all segments of a scan, in order. Memory: about 300 bytes a record."""
+    """The plan of all segments of a scan, in order. Memory: about 1 KB a record, measured at 1e6."""
     table = pa.concat_tables(scanned)
     status = table.column("status").to_numpy()
     usable = table.filter(pa.array(status == USABLE))

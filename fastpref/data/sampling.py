@@ -13,9 +13,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from fastpref_kernels import derive_keys
 
 from fastpref.errors import UserError
+from fastpref_kernels import derive_keys
 
 _ROUNDS = 8
 _BATCH_ORDER = 1 << 12  # stream of the order of batches, beside one stream a bucket

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastpref_kernels import derive_keys, keyed_noise
 from PIL import Image
 
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.evaluate.sheets import contact_sheet, save_png, slugs
 from fastpref.models.loading import DTYPES, load_pipeline, load_unet, resolve_device, resolve_model_dir
+from fastpref_kernels import derive_keys, keyed_noise
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ A tie kept with label one half counts half in either direction: -½ log σ(u) - 
 from __future__ import annotations
 
 import torch
-from fastpref_kernels import dpo_loss
 
 from fastpref.objectives.types import PairRewards, Solution
+from fastpref_kernels import dpo_loss
 
 
 def solve_dpo(rewards: PairRewards, *, beta: float, label_smoothing: float = 0.0) -> Solution:

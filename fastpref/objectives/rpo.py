@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from fastpref_kernels import rpo_loss
 
 from fastpref.objectives.types import PairRewards, Solution
+from fastpref_kernels import rpo_loss
 
 Weight = Literal["outside", "inside", "uniform"]
 

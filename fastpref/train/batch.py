@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from fastpref_kernels import add_keyed_noise, derive_keys, keyed_noise, keyed_uniform_u32
 
 from fastpref.config import Config
 from fastpref.data.sampling import BatchPlan
@@ -17,6 +16,7 @@ from fastpref.data.store import Store, StoreBatch
 from fastpref.models.loading import NoiseSchedule
 from fastpref.models.policy import Conditioning
 from fastpref.objectives.rpo import combine_embeddings
+from fastpref_kernels import add_keyed_noise, derive_keys, keyed_noise, keyed_uniform_u32
 
 _U32 = 1 << 32
 

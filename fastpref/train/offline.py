@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from fastpref_kernels import implicit_reward, implicit_reward_parts
 
 from fastpref.config import Config
 from fastpref.data.sampling import BatchPlan, Sampler
@@ -24,6 +23,7 @@ from fastpref.objectives import Objective, PairRewards, Solution
 from fastpref.train.batch import BatchBuilder, PairBatch
 from fastpref.train.engine import Engine
 from fastpref.train.optim import learning_rate_at
+from fastpref_kernels import implicit_reward, implicit_reward_parts
 
 
 class _Scored(NamedTuple):

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # interpreter, reference and tol
 import interpreter
 import pytest
 import torch
+
 from fastpref_kernels import _dispatch
 
 if not _dispatch.INTERPRETED:

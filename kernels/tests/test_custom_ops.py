@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fastpref_kernels import add_keyed_noise, dpo_loss, implicit_reward, keyed_noise, rpo_loss
 
 OPS = torch.ops.fastpref_kernels

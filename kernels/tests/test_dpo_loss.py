@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from fastpref_kernels import dpo_loss
 from reference import dpo_loss as oracle
 from tolerances import assert_close
+
+from fastpref_kernels import dpo_loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

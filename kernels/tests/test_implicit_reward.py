@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastpref_kernels import implicit_reward, implicit_reward_parts
 from reference import implicit_reward as oracle
 from tolerances import assert_close
+
+from fastpref_kernels import implicit_reward, implicit_reward_parts
 
 SHAPES = [(1, 1), (2, 1, 1, 1), (3, 3, 7, 5), (2, 33, 31), (4, 4, 16, 16), (2, 4, 37, 61)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastpref_kernels._dispatch import jit, tl
 from interpreter import bf16_to_fp32, fp32_to_bf16
 from triton.runtime.errors import InterpreterError
+
+from fastpref_kernels._dispatch import jit, tl
 
 
 @jit

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from reference import keyed_noise as oracle
+from tolerances import TOLERANCES, assert_close
+
 from fastpref_kernels import PURPOSES, _dispatch, add_keyed_noise, derive_keys, keyed_noise, keyed_uniform_u32
 from fastpref_kernels.cpu.keyed_noise import _box_muller as cpu_box_muller
 from fastpref_kernels.cpu.keyed_noise import philox4x32
 from fastpref_kernels.keyed_noise import _box_muller, _philox4x32
-from reference import keyed_noise as oracle
-from tolerances import TOLERANCES, assert_close
 
 triton, tl, jit = _dispatch.triton, _dispatch.tl, _dispatch.jit
 

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from fastpref_kernels import PairwiseLoss, dpo_loss, rpo_loss
-from fastpref_kernels.cpu import rpo_loss as cpu_rpo_loss
 from reference import rpo_loss as oracle
 from tolerances import assert_close
+
+from fastpref_kernels import PairwiseLoss, dpo_loss, rpo_loss
+from fastpref_kernels.cpu import rpo_loss as cpu_rpo_loss
 
 WEIGHTS = ["outside", "inside", "uniform"]
 
