@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -53,6 +54,26 @@ def test_help_needs_neither_torch_nor_diffusers() -> None:
         "try: main()\n"
         "except SystemExit as stop: assert not stop.code\n"
         "assert not {'torch', 'diffusers', 'transformers', 'pydantic'} & set(sys.modules), 'heavy import'"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_help_answers_within_half_a_second() -> None:
+    """The best of five, so that a busy machine does not decide it."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        assert subprocess.run([sys.executable, "-m", "fastpref.cli", "--help"], capture_output=True).returncode == 0
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.5
+
+
+def test_training_needs_no_pipelines_and_no_tracker_it_was_not_asked_for() -> None:
+    result = run_python(
+        "import sys, fastpref.train.job\n"
+        "assert not {'diffusers', 'transformers', 'peft', 'tensorboard', 'wandb', 'matplotlib'} & set(sys.modules)\n"
+        "import diffusers.models.unets.unet_2d_condition\n"
+        "assert 'diffusers.pipelines.stable_diffusion_xl' not in sys.modules"
     )
     assert result.returncode == 0, result.stderr
 

@@ -34,6 +34,14 @@ class _Scored(NamedTuple):
     ref_error: torch.Tensor | None
 
 
+class _Outcome(NamedTuple):
+    """What a global batch came to; the gradients are in the parameters."""
+
+    loss: float
+    rewards: PairRewards
+    effective_contrasts: float = 1.0
+
+
 @dataclass
 class OfflineTrainer:
     """All that a step needs; :meth:`step` is the method."""
@@ -53,20 +61,15 @@ class OfflineTrainer:
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step (0-based); returns its metrics over the global batch."""
         plan = self.sampler.batch(step)
-        solution, rewards = self._coupled(plan) if self._is_coupled() else self._separate(plan)
+        outcome = self._coupled(plan) if self.objective.couples_pairs else self._separate(plan)
         rate = learning_rate_at(self.config, step)
-        norm = None
-        if math.isfinite(float(solution.loss)):
-            norm = self.engine.step(rate)
+        norm = self.engine.step(rate) if math.isfinite(outcome.loss) else None
         if norm is None:
             self.engine.discard()
-            self._count_skip(step, float(solution.loss))
-        return self._metrics(step, solution, rewards, norm, rate)
+            self._count_skip(step, outcome.loss)
+        return self._metrics(step, outcome, norm, rate)
 
-    def _is_coupled(self) -> bool:
-        return self.objective.couples_pairs
-
-    def _separate(self, plan: BatchPlan) -> tuple[Solution, PairRewards]:
+    def _separate(self, plan: BatchPlan) -> _Outcome:
         """Every pair on its own: forward, solve, backward, one micro-batch at a time."""
         parts, loss = [], torch.zeros((), dtype=torch.float64)
         for rows in self._micro_batches():
@@ -78,10 +81,9 @@ class OfflineTrainer:
             loss += solution.loss.double().cpu() * share
             parts.append(scored.rewards)
         rewards = self._gather(PairRewards.concatenate(parts))
-        loss = self.engine.gather(loss.view(1, 1)).sum()
-        return Solution(loss, rewards.reward_w, None), rewards
+        return _Outcome(float(self.engine.gather(loss.view(1, 1)).sum()), rewards)
 
-    def _coupled(self, plan: BatchPlan) -> tuple[Solution, PairRewards]:
+    def _coupled(self, plan: BatchPlan) -> _Outcome:
         """Rewards of the whole global batch, then the gradient of each micro-batch."""
         micro = self._micro_batches()
         keep = len(micro) == 1 or self.config.accumulation == "keep_graphs"
@@ -97,7 +99,8 @@ class OfflineTrainer:
                 if not keep:
                     part = self._score(self.batches.build(plan, rows), part.ref_error, graph=True)
                 self._backward(part.reward, _slice(solution, rows))
-        return solution, rewards
+        contrasts = solution.effective_contrasts
+        return _Outcome(float(solution.loss), rewards, 1.0 if contrasts is None else float(contrasts))
 
     def _micro_batches(self) -> list[slice]:
         size = self.config.micro_batch
@@ -139,12 +142,11 @@ class OfflineTrainer:
                 "lower learning_rate or beta, or use precision=fp32; the newest checkpoint is intact",
             )
 
-    def _metrics(
-        self, step: int, solution: Solution, rewards: PairRewards, norm: float | None, rate: float
-    ) -> dict[str, Any]:
+    def _metrics(self, step: int, outcome: _Outcome, norm: float | None, rate: float) -> dict[str, Any]:
+        rewards = outcome.rewards
         metrics: dict[str, Any] = {
             "step": step + 1,
-            "loss": float(solution.loss),
+            "loss": outcome.loss,
             "reward_winner": None,
             "reward_loser": None,
             "err_winner": float(rewards.error_w.mean()),
@@ -162,8 +164,7 @@ class OfflineTrainer:
             metrics["margin"] = float(margin.mean())
             metrics["accuracy"] = float((margin > 0).double().mean())
         if self.config.method == "rpo":
-            contrasts = solution.effective_contrasts
-            metrics["effective_contrasts"] = 1.0 if contrasts is None else float(contrasts)
+            metrics["effective_contrasts"] = outcome.effective_contrasts
         return metrics
 
 
