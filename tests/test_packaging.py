@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,22 @@ def test_the_kernels_folder_is_no_package_of_that_name() -> None:
     for project in (ROOT, ROOT / "kernels"):
         find = tomllib.loads((project / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
         assert all(pattern.startswith("fastpref") for pattern in find["include"])
+
+
+def test_wheels_ship_their_own_package_whole_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("fastpref", "kernels/fastpref_kernels"):
+        project = (ROOT / name).parent
+        copy = tmp_path / Path(name).name
+        shutil.copytree(ROOT / name, copy / Path(name).name, ignore=shutil.ignore_patterns("__pycache__"))
+        for file in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+            if (project / file).is_file():
+                shutil.copy(project / file, copy)
+        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+        subprocess.run([*command, str(copy)], check=True, capture_output=True, timeout=120)
+        (wheel,) = tmp_path.glob(f"{copy.name}-*.whl")
+        shipped = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+        sources = {p.relative_to(copy).as_posix() for p in (copy / copy.name).rglob("*") if p.is_file()}
+        assert shipped == sources
 
 
 @pytest.mark.parametrize("library", ["transformers", "diffusers", "peft"])
