@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="recipe, e.g. configs/emoji_rpo.yaml")]
+Device = Literal["auto", "cpu", "cuda"]
 Layout = Literal["pipeline", "diffusers", "kohya"]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings over the recipe's")]
 
@@ -115,6 +116,30 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="run director
 
     _config_of_run(run, None)
     typer.echo(f"{write_report(run)}")
+
+
+@app.command()
+def score(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run directory with samples/, e.g. runs/quickstart")],
+    scorer: Annotated[list[str], typer.Option(help="NAME=PATH[,OPTION=PATH]; may be repeated")],
+    against: Annotated[Path | None, typer.Option(help="baseline run; default: this run before training")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="only this prompt set (txt, json, jsonl, parquet)")] = None,
+    out: Annotated[Path | None, typer.Option(help="where the table goes; default: RUN/scores")] = None,
+    device: Annotated[Device, typer.Option(help="where the scorers run")] = "auto",
+) -> None:
+    """Score a run's pictures by PickScore, HPSv2, ImageReward, LAION Aesthetic or CLIP: medians and win rates."""
+    from fastpref.evaluate.scores import run_scores
+
+    baseline = run / "samples" / "before" if against is None else against / "samples" / "after"
+    folder = out or run / "scores"
+    wanted = None if prompts is None else str(prompts)
+    table = run_scores(baseline, run / "samples" / "after", scorer, folder, prompts=wanted, device=device)
+    for row in table.rows:
+        typer.echo(
+            f"{row.scorer}: median {row.median_before:.4g} -> {row.median_after:.4g}, win rate {row.win_rate:.3f} "
+            f"[{row.win_rate_low:.3f}, {row.win_rate_high:.3f}] of {row.n} pairs"
+        )
+    typer.echo(f"{folder}")
 
 
 @app.command()
