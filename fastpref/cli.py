@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -103,9 +102,11 @@ def evaluate(
     from fastpref.train.run_dir import read_json
 
     config = _config_of_run(run, overrides)
+    _trained(run)
+    summary = read_json(run / "summary.json")
     evaluation = {tag: _evaluate(config, run, tag) for tag in ("before", "after")}
     write_json(run / "evaluation.json", evaluation)
-    write_json(run / "summary.json", read_json(run / "summary.json") | {"evaluation": evaluation})
+    write_json(run / "summary.json", summary | {"evaluation": evaluation})
     typer.echo(f"{write_report(run)}")
 
 
@@ -182,16 +183,15 @@ def _fail(line: str, debug: bool) -> None:
 def _run_training(config: Config, dry_run: bool) -> None:
     from fastpref.atomic import write_json
     from fastpref.train.job import Stopped, TrainJob
-    from fastpref.train.run_dir import check_run_dir, open_run_dir, read_json
+    from fastpref.train.run_dir import check_run_dir, open_run_dir
 
-    began = time.perf_counter()
     resuming = check_run_dir(config)
+    earlier, evaluation = _earlier(config) if resuming else ({}, {})
     job = TrainJob.open(config)
     if dry_run:
         typer.echo(f"ok: {config.method}, {len(job.store)} pairs, {config.steps} steps of {config.batch_size} pairs")
         return
     run_dir = open_run_dir(config, resuming)
-    evaluation: dict[str, Any] = read_json(run_dir / "evaluation.json")
     if config.evaluate and "before" not in evaluation:
         evaluation["before"] = _evaluate(config, run_dir, "before")
         write_json(run_dir / "evaluation.json", evaluation)
@@ -199,16 +199,28 @@ def _run_training(config: Config, dry_run: bool) -> None:
         summary = job.run(run_dir)
     except Stopped as stop:
         raise typer.Exit(stop.exit_code) from None
-    if config.evaluate:
+    job.seconds_before = max(job.seconds_before, earlier.get("seconds_total") or 0.0)
+    if config.evaluate and ("after" not in evaluation or earlier.get("steps") != config.steps):
         evaluation["after"] = _evaluate(config, run_dir, "after")
         write_json(run_dir / "evaluation.json", evaluation)
-    summary = {**summary, "seconds_total": time.perf_counter() - began, "evaluation": evaluation or None}
+    summary = {**summary, "seconds_total": job.seconds_total(), "evaluation": evaluation or None}
     write_json(run_dir / "summary.json", summary)
     if config.evaluate:
         from fastpref.evaluate.report import write_report
 
         write_report(run_dir)
     typer.echo(_closing_line(run_dir, summary))
+
+
+def _earlier(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """summary.json and evaluation.json of the run that is resumed; what was measured in another way does not count."""
+    from fastpref.config import load_config
+    from fastpref.train.run_dir import EVALUATION_KEYS, read_json
+
+    summary, evaluation = (read_json(config.run_dir / name) for name in ("summary.json", "evaluation.json"))
+    before = load_config(config.run_dir / "config.yaml")
+    same = all(getattr(before, key) == getattr(config, key) for key in EVALUATION_KEYS)
+    return summary, evaluation if same else {}
 
 
 def _closing_line(run_dir: Path, summary: dict[str, Any]) -> str:

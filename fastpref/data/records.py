@@ -105,8 +105,8 @@ def read_captions(records: str, limit: int | None = None) -> list[str]:
     """The first ``limit`` distinct captions, for evaluation.
 
     Reads everything :func:`open_records` reads (a parquet file needs no column but ``caption``) and prompt files:
-    ``.txt`` with one a line, ``.json`` with a list and ``.jsonl`` with lines of strings or ``{"caption": …}``. 'emoji'
-    is the bundled held-out set.
+    ``.txt`` with one a line, ``.json`` with a list and ``.jsonl`` with lines of strings, ``{"caption": …}`` or
+    ``{"prompt": …}``. 'emoji' is the bundled held-out set.
     """
     if records == "emoji":
         from fastpref.emoji import HELDOUT_PARQUET
@@ -221,6 +221,6 @@ def _captions(records: str) -> Iterator[Any]:
             else:
                 prompts = stream
             for prompt in prompts:
-                yield prompt.get("caption") if isinstance(prompt, dict) else prompt
+                yield prompt.get("caption", prompt.get("prompt")) if isinstance(prompt, dict) else prompt
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
         raise UserError("cannot read the prompts", records, str(error)) from error

@@ -125,11 +125,11 @@ def read_index(folder: Path) -> dict[tuple[str, int], Path]:
     """(prompt, seed) to file, of a folder that :func:`evaluate_policy` wrote; empty if there is none."""
     try:
         entries = json.loads((folder / INDEX).read_text())["pictures"]
+        return {(entry["prompt"], entry["seed"]): folder / entry["file"] for entry in entries}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError("cannot read the index of the pictures", str(folder / INDEX), str(error)) from None
-    return {(entry["prompt"], entry["seed"]): folder / entry["file"] for entry in entries}
+        raise UserError("cannot read the index of the pictures", str(folder / INDEX), repr(error)) from None
 
 
 def _save(pictures: Sequence[Picture], samples: Path, tag: str) -> None:

@@ -162,10 +162,7 @@ def read_pictures(folder: Path, prompts: Sequence[str] | None = None) -> dict[Ke
     """
     from fastpref.evaluate.runner import read_index
 
-    try:
-        pictures = read_index(folder)
-    except (KeyError, TypeError):
-        raise UserError("the index of the pictures is damaged", str(folder), "sample again") from None
+    pictures = read_index(folder)
     if not pictures:
         raise UserError(
             "no pictures there", str(folder), "run fastpref evaluate RUN, which writes samples/before, /after"

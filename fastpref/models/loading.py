@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 Family = Literal["sdxl", "sd15"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _FAMILIES: dict[str, Family] = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
+_PARTS: dict[Family, tuple[str, ...]] = {
+    "sd15": ("unet", "vae", "scheduler", "text_encoder", "tokenizer"),
+    "sdxl": ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+}
 _FINGERPRINTED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -50,7 +54,10 @@ def resolve_model_dir(model: str) -> Path:
             model,
             "convert it: StableDiffusionXLPipeline.from_single_file(...).save_pretrained",
         )
-    model_family(path)
+    family = model_family(path)
+    for part in _PARTS[family]:
+        if not (path / part).is_dir():
+            raise UserError(f"the model folder has no {part}/", model, "give a whole pipeline folder")
     return path
 
 
@@ -162,11 +169,12 @@ def load_unet(path: Path, dtype: torch.dtype, unet: str | None = None) -> UNet2D
     from diffusers import UNet2DConditionModel
 
     if unet is None:
-        return _open(lambda: UNet2DConditionModel.from_pretrained(path / "unet", dtype=dtype), path)
+        return _open_unet(path / "unet", dtype)
     source = Path(unet)
     if source.is_file():
         from safetensors.torch import load_file
 
+        _read_json(path / "unet" / "config.json")
         config = UNet2DConditionModel.load_config(path / "unet")
         model = UNet2DConditionModel.from_config(config)
         _open(lambda: model.load_state_dict(load_file(source)), source)
@@ -175,7 +183,16 @@ def load_unet(path: Path, dtype: torch.dtype, unet: str | None = None) -> UNet2D
         source = source / "unet"
     if not (source / "config.json").is_file():
         raise UserError("no UNet there", unet, "give a folder with config.json and weights, or a .safetensors file")
-    return _open(lambda: UNet2DConditionModel.from_pretrained(source, dtype=dtype), source)
+    return _open_unet(source, dtype)
+
+
+def _open_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
+    from diffusers import UNet2DConditionModel
+
+    _read_json(folder / "config.json")
+    if not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        raise UserError("no UNet weights there", str(folder), "it has to hold diffusion_pytorch_model.safetensors")
+    return _open(lambda: UNet2DConditionModel.from_pretrained(folder, dtype=dtype), folder)
 
 
 def load_pipeline(path: Path, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
@@ -221,21 +238,25 @@ def load_noise_schedule(path: Path) -> NoiseSchedule:
 
 def _open(load: Any, where: Path) -> Any:
     from diffusers.utils import logging as diffusers_logging
+    from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:
         return load()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError("cannot load the model", str(where), " ".join(str(error).split())[:300]) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError("cannot read the file", str(path), str(error)) from None
+    if not isinstance(value, dict):
+        raise UserError("the file is no JSON object", str(path), "copy the model again")
+    return value
 
 
 def _hash_file(file: Path, digest: hashlib._Hash) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastpref.config import Config
+from fastpref.errors import UserError
 from fastpref.models.loading import DTYPES, load_unet
 
 if TYPE_CHECKING:
@@ -142,9 +144,12 @@ def _add_lora(unet: Any, config: Config, dtype: torch.dtype) -> None:
         from fastpref.models.export import load_adapter
 
         load_adapter(unet, Path(config.init_lora), POLICY_ADAPTER)
-        load_adapter(unet, Path(config.init_lora), REFERENCE_ADAPTER)
+        with warnings.catch_warnings():  # peft warns of the second adapter, which is meant
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            load_adapter(unet, Path(config.init_lora), REFERENCE_ADAPTER)
         unet.set_adapter(POLICY_ADAPTER)
     else:
+        check_lora_targets(unet, config.lora_targets)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             lora = LoraConfig(
@@ -158,6 +163,22 @@ def _add_lora(unet: Any, config: Config, dtype: torch.dtype) -> None:
         if ".lora_" in name:
             parameter.requires_grad_(f".{POLICY_ADAPTER}." in name)
             parameter.data = parameter.data.to(dtype)
+
+
+def check_lora_targets(unet: torch.nn.Module, targets: list[str]) -> None:
+    """Raise :class:`UserError` unless each target names linear or convolution layers of the UNet, and only those.
+
+    peft lets a misspelt name pass as long as another one matches, which would train less than was asked for.
+    """
+    modules = list(unet.named_modules())
+    for target in targets:
+        found = [module for name, module in modules if name == target or name.endswith(f".{target}")]
+        if not found:
+            raise UserError(f"no layer of the UNet is named '{target}'", "lora_targets", "use names such as to_q")
+        for module in found:
+            if not isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                what = f"'{target}' is a {type(module).__name__}"
+                raise UserError(what, "lora_targets", "a LoRA goes onto linear and convolution layers")
 
 
 def _adapter_layers(unet: Any) -> list[Any]:

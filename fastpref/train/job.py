@@ -29,7 +29,14 @@ from fastpref.train.batch import BatchBuilder
 from fastpref.train.checkpoint import Checkpoint, newest_intact, save_checkpoint
 from fastpref.train.engine import LocalEngine
 from fastpref.train.offline import OfflineTrainer
-from fastpref.train.telemetry import MetricsLog, StopRequest, peak_device_bytes, peak_rss_bytes, progress_bar
+from fastpref.train.telemetry import (
+    MetricsLog,
+    StopRequest,
+    check_tracker,
+    peak_device_bytes,
+    peak_rss_bytes,
+    progress_bar,
+)
 
 
 class Stopped(Exception):
@@ -49,17 +56,24 @@ class TrainJob:
     store: Store
     sampler: Sampler
     objective: Objective
+    policy: Policy
+    trainer: OfflineTrainer
+    engine: LocalEngine
+    began: float
     console: Console = field(default_factory=lambda: Console(stderr=True))
+    seconds_before: float = 0.0
 
     @classmethod
     def open(cls, config: Config, console: Console | None = None) -> TrainJob:
-        """Check model, store and batch arithmetic.
+        """Check model, store and batch arithmetic, and load what is trained.
 
         Raises:
             UserError: anything that would stop the run later and can be known now.
         """
+        began = time.perf_counter()
         if config.engine == "deepspeed":
             raise UserError("engine deepspeed is not part of this release", "engine", "use engine=local")
+        check_tracker(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         model_dir = resolve_model_dir(config.model)
@@ -81,7 +95,16 @@ class TrainJob:
             sampling=config.sampling,
             embeddings=related,
         )
-        return cls(config, model_dir, device, store, sampler, objective, console or Console(stderr=True))
+        schedule = load_noise_schedule(model_dir)
+        if config.timestep_range is not None and config.timestep_range[1] > schedule.num_train_timesteps:
+            raise UserError(f"timestep_range ends above {schedule.num_train_timesteps}", "timestep_range", "lower it")
+        policy = load_policy(config, model_dir, device, needs_reference=objective.uses_reference)
+        _check_unet(policy, store, config)
+        engine = LocalEngine(policy, config)
+        batches = BatchBuilder(store, schedule, config, device, with_losers=objective.uses_losers)
+        trainer = OfflineTrainer(config, policy, objective, sampler, batches, engine)
+        console = console or Console(stderr=True)
+        return cls(config, model_dir, device, store, sampler, objective, policy, trainer, engine, began, console)
 
     def run(self, run_dir: Path) -> dict[str, Any]:
         """Train from scratch or from the newest intact checkpoint; returns the training part of ``summary.json``.
@@ -89,18 +112,14 @@ class TrainJob:
         Raises:
             Stopped: SIGTERM or Ctrl-C came; a checkpoint of the last finished step is on disk.
         """
-        config = self.config
-        schedule = load_noise_schedule(self.model_dir)
-        if config.timestep_range is not None and config.timestep_range[1] > schedule.num_train_timesteps:
-            raise UserError(f"timestep_range ends above {schedule.num_train_timesteps}", "timestep_range", "lower it")
-        policy = load_policy(config, self.model_dir, self.device, needs_reference=self.objective.uses_reference)
-        engine = LocalEngine(policy, config)
-        batches = BatchBuilder(self.store, schedule, config, self.device, with_losers=self.objective.uses_losers)
-        trainer = OfflineTrainer(config, policy, self.objective, self.sampler, batches, engine)
-        start, seconds = self._resume(run_dir, trainer, engine)
-        seconds = self._loop(run_dir, trainer, engine, start, seconds)
-        _export(policy, engine, config, run_dir)
-        return _summary(config, policy, seconds, self.device, trainer.skipped)
+        start, seconds = self._resume(run_dir, self.trainer, self.engine)
+        seconds = self._loop(run_dir, self.trainer, self.engine, start, seconds)
+        _export(self.policy, self.engine, self.config, run_dir)
+        return _summary(self.config, self.policy, seconds, self.device, self.trainer.skipped)
+
+    def seconds_total(self) -> float:
+        """Wall-clock seconds of this part of the run so far and of those before it."""
+        return self.seconds_before + time.perf_counter() - self.began
 
     def _loop(self, run_dir: Path, trainer: OfflineTrainer, engine: LocalEngine, start: int, before: float) -> float:
         config, began = self.config, time.perf_counter()
@@ -114,6 +133,7 @@ class TrainJob:
             log.sync()
             tensors, values = engine.state()
             values |= {"counts": _counts(trainer.policy), "seconds": spent(), "skipped": trainer.skipped}
+            values["seconds_total"] = self.seconds_total()
             save_checkpoint(run_dir / "checkpoints", step, tensors, values, config.keep_checkpoints)
 
         with bar, StopRequest() as stop:
@@ -156,6 +176,7 @@ class TrainJob:
         counts = checkpoint.values["counts"]
         trainer.policy.forwards, trainer.policy.recomputed, trainer.policy.backwards = counts
         trainer.skipped = checkpoint.values["skipped"]
+        self.seconds_before = float(checkpoint.values.get("seconds_total", checkpoint.values["seconds"]))
         self.console.print(f"resuming after step {checkpoint.step}")
         return checkpoint.step, float(checkpoint.values["seconds"])
 
@@ -172,6 +193,23 @@ def _check_store(config: Config, objective: Objective, store: Store) -> None:
         raise UserError(
             "the store holds no CLIP embeddings", config.store, "prepare it with clip=FOLDER, or set weight=uniform"
         )
+
+
+def _check_unet(policy: Policy, store: Store, config: Config) -> None:
+    """The UNet (which may come from another folder than the text encoders) takes what the store holds."""
+    unet, where = policy.unet.config, config.unet or config.model
+    prompt, pooled = store.empty_prompt()
+    channels, takes_pooled = store.manifest.latent_channels, unet.get("addition_embed_type") == "text_time"
+    if takes_pooled != (pooled is not None):
+        family = "SDXL" if takes_pooled else "SD1.5"
+        raise UserError(f"the UNet is one of {family}, the store was made for {store.manifest.family}", where)
+    for name, takes, holds in (
+        ("in_channels", unet["in_channels"], channels),
+        ("out_channels", unet["out_channels"], channels),
+        ("cross_attention_dim", unet["cross_attention_dim"], prompt.shape[-1]),
+    ):
+        if takes != holds:
+            raise UserError(f"{name} of the UNet is {takes}, the store needs {holds}", where, "use a UNet that fits")
 
 
 def _counts(policy: Policy) -> list[int]:

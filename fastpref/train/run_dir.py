@@ -21,6 +21,7 @@ FREE_ON_RESUME = frozenset([
     "vae_precision", "max_skipped_steps", "engine",
 ])
 # fmt: on
+EVALUATION_KEYS = ("guidance_scale", "sample_steps", "eval_records", "eval_prompts", "eval_seeds", "clip")
 
 
 def check_run_dir(config: Config) -> bool:
@@ -46,6 +47,9 @@ def check_run_dir(config: Config) -> bool:
     if not is_run:
         raise UserError("not a run directory: nothing to resume", str(run_dir), "choose another name")
     _check_same(config, run_dir)
+    newest = max((int(p.name.removeprefix("step-")) for p in (run_dir / "checkpoints").glob("step-*")), default=0)
+    if newest > config.steps:
+        raise UserError(f"steps is {config.steps} but a checkpoint is at step {newest}", str(run_dir), "set more steps")
     return True
 
 
@@ -77,8 +81,16 @@ def check_writable(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of an earlier part of the run, or an empty one."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """A JSON object of an earlier part of the run, or an empty one; :class:`UserError` if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError("cannot read the file", str(path), f"{error}; restore or delete it") from None
+    if not isinstance(value, dict):
+        raise UserError("the file is no JSON object", str(path), "restore or delete it")
+    return value
 
 
 def _check_same(config: Config, run_dir: Path) -> None:

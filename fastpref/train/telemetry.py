@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import resource
@@ -29,8 +30,8 @@ class MetricsLog:
     def __init__(self, run_dir: Path, config: Config, start: int) -> None:
         self.path = run_dir / "metrics.jsonl"
         _keep_until(self.path, start)
-        self._stream = self.path.open("a")
         self._tracker = _tracker(config, run_dir, start)
+        self._stream = self.path.open("a")
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one step. NaN and infinity become null: they are not JSON."""
@@ -95,6 +96,12 @@ def peak_device_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
+def check_tracker(config: Config) -> None:
+    """Raise :class:`UserError` if the tracker of a recipe is not installed."""
+    if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise UserError("tracker wandb needs wandb", "tracker", "pip install 'fastpref[tracking]'")
+
+
 def _tracker(config: Config, run_dir: Path, start: int) -> Any:
     if config.tracker == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -108,10 +115,8 @@ def _tracker(config: Config, run_dir: Path, start: int) -> Any:
 
         return to_tensorboard
     if config.tracker == "wandb":
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("tracker wandb needs wandb", "tracker", "pip install 'fastpref[tracking]'") from None
+        import wandb
+
         run = wandb.init(project="fastpref", name=config.name, dir=str(run_dir), config=config.model_dump(mode="json"))
         return lambda metrics: run.log(metrics, step=metrics["step"])
     return lambda metrics: None
@@ -125,7 +130,7 @@ def _keep_until(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             break  # a line cut by a kill; nothing after it was acknowledged
     write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
 

@@ -237,7 +237,7 @@ def test_captions_are_distinct_ordered_and_limited(tmp_path, rows, parquet):
     assert read_captions(str(parquet(made))) == [made[0]["caption"], made[1]["caption"]]
     (tmp_path / "p.txt").write_text("b\n\na\nb\n")
     (tmp_path / "p.json").write_text(json.dumps([{"caption": "b"}, "a", {"other": 1}]))
-    (tmp_path / "p.jsonl").write_text('"b"\n{"caption": "a"}\n')
+    (tmp_path / "p.jsonl").write_text('"b"\n{"prompt": "a"}\n')
     for name in ("p.txt", "p.json", "p.jsonl"):
         assert read_captions(str(tmp_path / name)) == ["b", "a"]
         assert read_captions(str(tmp_path / name), 1) == ["b"]
