@@ -135,7 +135,7 @@ class Config(BaseModel):
         if self.safeguard is not None and self.method == "sft":
             raise ValueError("safeguard is set with method sft, which has no losers: remove it")
         if self.init_lora is not None and self.train == "full":
-            raise ValueError("init_lora is set with train full, which trains no LoRA: export it merged, start from unet")
+            raise ValueError("init_lora is set with train full, which trains no LoRA: export it merged and set unet")
         if self.reference == "adapter" and self.train == "full":
             raise ValueError("reference is adapter with train full, which has no adapter: use copy")
         return self

@@ -49,6 +49,8 @@ def write_report(run_dir: Path) -> Path:
     config = _read_config(run_dir / "config.yaml")
     summary = _read_json(run_dir / "summary.json")
     evaluation = summary.get("evaluation") or _read_json(run_dir / "evaluation.json")
+    if not isinstance(evaluation, dict) or not isinstance(summary.get("seconds_total") or 0.0, int | float):
+        raise UserError("not what fastpref wrote", str(run_dir / "summary.json"), "restore it, or fastpref evaluate")
     metrics = read_metrics(run_dir / "metrics.jsonl")
     before, after = evaluation.get("before") or {}, evaluation.get("after") or {}
     cards = _cards(run_dir / "samples")

@@ -90,6 +90,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError("cannot read the file", str(path), f"{error}; restore or delete it") from None
     if not isinstance(value, dict):
         raise UserError("the file is no JSON object", str(path), "restore or delete it")
+    if not isinstance(value.get("seconds_total") or 0.0, int | float):
+        raise UserError("seconds_total is no number", str(path), "restore or delete the file")
     return value
 
 

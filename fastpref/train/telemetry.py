@@ -98,8 +98,15 @@ def peak_device_bytes(device: torch.device) -> int:
 
 def check_tracker(config: Config) -> None:
     """Raise :class:`UserError` if the tracker of a recipe is not installed."""
-    if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+    if config.tracker == "wandb" and not _installed("wandb"):
         raise UserError("tracker wandb needs wandb", "tracker", "pip install 'fastpref[tracking]'")
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # a module that was put aside, as tests do
+        return False
 
 
 def _tracker(config: Config, run_dir: Path, start: int) -> Any:
