@@ -83,6 +83,20 @@ def make_directory(path: Path) -> None:
         raise UserError("cannot create the directory", str(path), error.strerror or str(error)) from error
 
 
+def check_writable(path: Path) -> None:
+    """Raise :class:`UserError` if the nearest existing parent of ``path`` is read-only or no directory.
+
+    A directory without any write bit counts as read-only for root too, whom the system would not stop.
+    """
+    parent = path.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UserError("the output path runs through a file", str(parent), "choose another place")
+    if not os.access(parent, os.W_OK) or not parent.stat().st_mode & 0o222:
+        raise UserError("the output directory is read-only", str(parent), "choose another place")
+
+
 def remove_temporaries(folder: Path) -> None:
     """Delete what a killed process left under a temporary name."""
     for leftover in folder.glob(f".*{TEMPORARY}"):

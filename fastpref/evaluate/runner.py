@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from fastpref.atomic import check_writable
 from fastpref.config import Config
 from fastpref.data.images import ImageError, load_rgb, to_bucket
 from fastpref.data.records import Record, read_captions, read_records
@@ -22,7 +23,6 @@ from fastpref.evaluate.sample import (
     Picture,
     Work,
     by_prompt,
-    check_writable,
     generate,
     load_policy_pipeline,
     prompt_id,

@@ -7,7 +7,6 @@ more. The denoising itself is the diffusers pipeline's own call.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from fastpref.atomic import check_writable
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.evaluate.sheets import contact_sheet, save_png, slugs
@@ -218,17 +218,6 @@ def by_prompt(pictures: Sequence[Picture]) -> list[list[Image.Image]]:
     for picture in pictures:
         rows.setdefault(picture.prompt, []).append(picture.image)
     return list(rows.values())
-
-
-def check_writable(out_dir: Path) -> None:
-    """Make the folder, and raise a UserError now rather than after the work if files cannot be made in it."""
-    probe = out_dir / f".probe.{os.getpid()}"
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError("cannot write there", str(out_dir), error.strerror or str(error)) from None
 
 
 def _steps(total: int, batch_size: int, progress: bool) -> Iterator[int]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from fastpref.atomic import check_writable
 from fastpref.config import Config, load_config, save_config
 from fastpref.errors import UserError
 
@@ -64,20 +64,6 @@ def open_run_dir(config: Config, resuming: bool) -> Path:
     except OSError as error:
         raise UserError("cannot write the run directory", str(run_dir), str(error)) from None
     return run_dir
-
-
-def check_writable(path: Path) -> None:
-    """Raise :class:`UserError` if the nearest existing parent of ``path`` is read-only or no directory.
-
-    A directory without any write bit counts as read-only for root too, whom the system would not stop.
-    """
-    parent = path.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise UserError("the output path runs through a file", str(parent), "choose another output_dir")
-    if not os.access(parent, os.W_OK) or not parent.stat().st_mode & 0o222:
-        raise UserError("the output directory is read-only", str(parent), "choose another output_dir")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -151,6 +151,7 @@ def test_a_lora_for_another_model_and_a_bad_folder(
 ) -> None:
     with pytest.raises(UserError, match="another UNet"):
         run_sample(_config(models["sd15"]), ["a"], [0], loras["sdxl"], None, tmp_path / "o", progress=False)
+    assert not (tmp_path / "o").exists(), "nothing is written before the weights are known to be good"
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write there"):
+    with pytest.raises(UserError, match="runs through a file"):
         run_sample(_config(models["sd15"]), ["a"], [0], None, None, tmp_path / "file" / "o", progress=False)
