@@ -42,6 +42,19 @@ def write_json(path: Path, value: Any) -> dict[str, Any]:
     return write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one if there is no file; :class:`UserError` if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError("cannot read the file", str(path), f"{error}; restore or delete it") from None
+    if not isinstance(value, dict):
+        raise UserError("the file is no JSON object", str(path), "restore or delete it")
+    return value
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file in one step.
 

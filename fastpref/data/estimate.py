@@ -9,7 +9,7 @@ shared between pairs.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from fastpref.data.buckets import Size
 from fastpref.data.job import Job, ModelShape
-from fastpref.data.plan import Plan, check_usable, make_plan, reasons
+from fastpref.data.plan import Plan, check_usable, make_plan
 from fastpref.data.progress import Bars, PrepareSummary
 from fastpref.data.scan import scan_segment, segments
 from fastpref.data.sources import Source
@@ -108,21 +108,13 @@ def dry_run_summary(job: Job, source: Source, device: torch.device, store: Path,
         posterior=job.posterior,
         flips=job.flips,
     )
-    return PrepareSummary(
-        store=store,
-        pairs=len(plan.record),
-        images=len(plan.image_key),
-        captions=len(plan.captions) - 1,
-        records=plan.records,
-        rejected=len(plan.rejected),
-        ties_dropped=plan.ties_dropped,
-        unlabelled=plan.unlabelled,
+    return replace(
+        PrepareSummary.of_plan(plan, store, time.perf_counter() - started),
         bytes=size.total,
-        seconds=time.perf_counter() - started,
-        reasons=dict(sorted(reasons(plan.rejected).items())),
         buckets={f"{width}x{height}": count for (width, height), count in by_bucket.items()},
         hours=(scanned + _encode_seconds(job, source, plan, device)) / 3600,
         dry_run=True,
+        finished=True,
     )
 
 

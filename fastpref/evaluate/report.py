@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from PIL import Image
 
-from fastpref.atomic import write_bytes
+from fastpref.atomic import read_json, write_bytes
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.evaluate.charts import Chart, Series, draw
@@ -47,8 +47,8 @@ def write_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     config = _read_config(run_dir / "config.yaml")
-    summary = _read_json(run_dir / "summary.json")
-    evaluation = summary.get("evaluation") or _read_json(run_dir / "evaluation.json")
+    summary = read_json(run_dir / "summary.json")
+    evaluation = summary.get("evaluation") or read_json(run_dir / "evaluation.json")
     if not isinstance(evaluation, dict) or not isinstance(summary.get("seconds_total") or 0.0, int | float):
         raise UserError("not what fastpref wrote", str(run_dir / "summary.json"), "restore it, or fastpref evaluate")
     metrics = read_metrics(run_dir / "metrics.jsonl")
@@ -220,13 +220,3 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError("the config is no mapping", str(path), "restore the file that fastpref train wrote")
     return settings
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError("cannot read the file", str(path), str(error)) from None
-    return value if isinstance(value, dict) else {}

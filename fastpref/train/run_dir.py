@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from fastpref import atomic
 from fastpref.atomic import check_writable
 from fastpref.config import Config, load_config, save_config
 from fastpref.errors import UserError
@@ -68,14 +68,7 @@ def open_run_dir(config: Config, resuming: bool) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of an earlier part of the run, or an empty one; :class:`UserError` if it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError("cannot read the file", str(path), f"{error}; restore or delete it") from None
-    if not isinstance(value, dict):
-        raise UserError("the file is no JSON object", str(path), "restore or delete it")
+    value = atomic.read_json(path)
     if not isinstance(value.get("seconds_total") or 0.0, int | float):
         raise UserError("seconds_total is no number", str(path), "restore or delete the file")
     return value

@@ -26,10 +26,6 @@ from fastpref.evaluate.scores import (
     write_scores,
 )
 
-State = dict[str, Tensor]
-PROMPTS = ["a red heart", "two blue stars and a moon"]
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "heart", "two", "blue", "star", "##s", "moon"]
-
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

@@ -100,7 +100,8 @@ def test_fewer_steps_than_the_checkpoint_change_nothing(sd15_config: Recipe, fin
 def test_a_second_adapter_is_no_warning(sd15_config: Recipe, finished: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Already found a `peft_config`")
-        train(sd15_config("name=b", "method=dpo", "steps=1", f"init_lora={finished}"))
+        run = train(sd15_config("name=b", "method=dpo", "steps=1", f"init_lora={finished}"))
+    assert json.loads((run / "metrics.jsonl").read_text())["reward_winner"] == 0, "the start is the reference"
 
 
 def test_resumed_time_adds_up_and_finished_pictures_are_kept(
