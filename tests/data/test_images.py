@@ -17,6 +17,8 @@ from fastpref.errors import UserError
 LIMIT = 10_000_000
 SIDES = st.integers(8, 300)
 TARGETS = st.sampled_from([*make_buckets(64, 8), (32, 32), (8, 8)])
+# Eight pixels leave no run between the cut Lanczos windows long enough to measure a slope in 8-bit values.
+MEASURABLE = st.sampled_from([*make_buckets(64, 8), (32, 32), (16, 16)])
 
 
 def _encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -35,15 +37,16 @@ def test_the_box_has_the_target_aspect_is_centred_and_touches_two_edges(width, h
 
 
 @settings(max_examples=40, deadline=None)
-@given(width=st.integers(40, 200), height=st.integers(40, 200), target=TARGETS)
+@given(width=st.integers(40, 200), height=st.integers(40, 200), target=MEASURABLE)
 def test_pixels_are_never_stretched(width, height, target):
     """Red counts columns, green rows: in the result both advance by the same number of source pixels a pixel."""
     columns, rows = np.meshgrid(np.arange(width), np.arange(height))
     pixels = np.stack([columns, rows, np.zeros_like(rows)], axis=-1).astype(np.uint8)
     out = np.asarray(to_bucket(Image.fromarray(pixels), target), dtype=float)
     assert out.shape == (target[1], target[0], 3)
-    across = (out[:, -2, 0] - out[:, 1, 0]).mean() / (target[0] - 3)
-    down = (out[-2, :, 1] - out[1, :, 1]).mean() / (target[1] - 3)
+    # two pixels in: nearer to the edge the Lanczos window is cut and leans inwards
+    across = (out[:, -3, 0] - out[:, 2, 0]).mean() / (target[0] - 5)
+    down = (out[-3, :, 1] - out[2, :, 1]).mean() / (target[1] - 5)
     scale = min(width / target[0], height / target[1])
     assert across == pytest.approx(scale, abs=0.06 + 1.5 / (target[0] - 3))
     assert down == pytest.approx(scale, abs=0.06 + 1.5 / (target[1] - 3))
