@@ -1,20 +1,43 @@
 """Fused kernels for preference alignment of diffusion models: Triton on GPUs, chunked torch on CPUs."""
 
+from ._targets import KeyedNoise, KeyedVelocity
+from .ddim_pool import DDIMPool, ddim_pool_step, predict_x0
 from .dpo_loss import PairwiseLoss, dpo_loss
+from .geglu import geglu
+from .group_norm_silu import group_norm_silu
 from .implicit_reward import ImplicitReward, implicit_reward, implicit_reward_parts
 from .keyed_noise import PURPOSES, add_keyed_noise, derive_keys, keyed_noise, keyed_uniform_u32
+from .lora_linear import lora_linear
+from .paired_preference_loss import PairedPreferenceLoss, paired_preference_loss
+from .patch import PatchCounts, patch_unet, unpatch_unet
 from .rpo_loss import rpo_loss
+from .transition_loss import TransitionLoss, transition_loss
 
 __all__ = [
     "PURPOSES",
+    "DDIMPool",
     "ImplicitReward",
+    "KeyedNoise",
+    "KeyedVelocity",
+    "PairedPreferenceLoss",
     "PairwiseLoss",
+    "PatchCounts",
+    "TransitionLoss",
     "add_keyed_noise",
+    "ddim_pool_step",
     "derive_keys",
     "dpo_loss",
+    "geglu",
+    "group_norm_silu",
     "implicit_reward",
     "implicit_reward_parts",
     "keyed_noise",
     "keyed_uniform_u32",
+    "lora_linear",
+    "paired_preference_loss",
+    "patch_unet",
+    "predict_x0",
     "rpo_loss",
+    "transition_loss",
+    "unpatch_unet",
 ]

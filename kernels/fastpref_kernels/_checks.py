@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -72,3 +73,22 @@ def check_contrasts(
             raise ValueError(f"{op}: {name} must have shape ({count}, D), got {tuple(x.shape)}")
     if emb_w.shape[1] != emb_l.shape[1]:
         raise ValueError(f"{op}: emb_w has {emb_w.shape[1]} dimensions, emb_l has {emb_l.shape[1]}")
+
+
+def check_rows(op: str, name: str, x: Tensor) -> int:
+    """Elements from row to row of x (..., K); refuses rows that are not dense and equally far apart."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"{op}: {name} must be dense in its last dimension, got strides {x.stride()}")
+    rows = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
+    for (_, outer), (size, inner) in pairwise(rows):
+        if outer != size * inner and x.numel():
+            raise ValueError(f"{op}: {name} must have equally spaced rows, got strides {x.stride()}")
+    return rows[-1][1] if rows else x.shape[-1]
+
+
+def check_timesteps(op: str, timesteps: Tensor, alphas_cumprod: Tensor) -> None:
+    """Timesteps in [0, T). On a GPU the look would wait for the device: kernels give NaN there instead."""
+    if not timesteps.is_cuda:
+        low, high = timesteps.min().item(), timesteps.max().item()
+        if low < 0 or high >= alphas_cumprod.shape[0]:
+            raise ValueError(f"{op}: timesteps must be in [0, {alphas_cumprod.shape[0]}), got {low} to {high}")

@@ -35,8 +35,14 @@ triton, tl = _import_triton() if _WANTED else (None, None)
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
-    """`triton.jit`, or nothing where triton is not wanted."""
-    return triton.jit(kernel) if triton is not None else kernel
+    """`triton.jit`, or nothing where triton is not wanted.
+
+    No variant is compiled for the values of arguments that are annotated `int` (1, multiples of 16).
+    """
+    if triton is None:
+        return kernel
+    plain = [name for name, kind in kernel.__annotations__.items() if kind == "int"]
+    return triton.jit(kernel, do_not_specialize=plain)
 
 
 _on_cpu = False

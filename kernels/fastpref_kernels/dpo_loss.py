@@ -4,7 +4,8 @@
     loss = -mean_i [ (1 - s) * log sigmoid(u_i) + s * log sigmoid(-u_i) ]        s = label_smoothing
 
 Shapes: reward_w, reward_l (N,) -> scalar, in fp32 (fp64 if a reward is fp64).
-Bytes per pair: forward 16 (two reads, the loss and its derivative), backward 12.
+Bytes per pair: forward 24 (two reads; both rewards and both derivatives written), backward 16. One launch of one
+program: the mean has one order.
 Source: Diffusion-DPO, arXiv 2311.12908, equation 14; label smoothing as in conservative DPO (Mitchell 2023)."""
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
@@ -16,10 +17,26 @@ import torch
 from torch import Tensor
 
 from ._checks import check_positive, check_rewards
-from ._dispatch import accumulation_dtype, jit, tl, use_triton
+from ._dispatch import accumulation_dtype, use_triton
+from ._pairwise_kernels import _dpo_loss_kernel
+from ._pairwise_kernels import log_sigmoid_and_slope as log_sigmoid_and_slope
 from .cpu.dpo_loss import dpo_loss as torch_path
 
-_BLOCK = 256
+
+class Rewards(NamedTuple):
+    """Rewards as the kernels take them: the row sums of values (N, chunks) * scale."""
+
+    values: Tensor
+    scale: float = 1.0
+
+
+def chunk_block(n_chunks: int) -> int:
+    """BLOCK_CHUNKS: 1 for rewards that are there already."""
+    return 16 if n_chunks > 1 else 1
+
+
+def blocks(n_chunks: int) -> dict[str, int]:
+    return {"BLOCK": 32 if n_chunks > 1 else 512, "BLOCK_CHUNKS": chunk_block(n_chunks)}
 
 
 class PairwiseLoss(NamedTuple):
@@ -35,68 +52,74 @@ class PairwiseLoss(NamedTuple):
     accuracy: Tensor
 
 
-@jit
-def log_sigmoid_and_slope(u):
-    """(log sigmoid(u), sigmoid(-u)) without overflow; the second is the derivative of the first."""
-    e = tl.exp(-tl.abs(u))
-    return tl.minimum(u, 0.0) - tl.log(1.0 + e), tl.where(u >= 0.0, e, 1.0) / (1.0 + e)
-
-
-@jit
-def _dpo_loss_kernel(
-    reward_w_ptr, reward_l_ptr, loss_ptr, slope_ptr, n_pairs, beta, label_smoothing, BLOCK_SIZE: tl.constexpr
-):
-    """Loss of each pair and its derivative with respect to reward_w."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    mask = i < n_pairs
-    reward_w = tl.load(reward_w_ptr + i, mask=mask, other=0.0)
-    reward_l = tl.load(reward_l_ptr + i, mask=mask, other=0.0)
-    u = (reward_w - reward_l) * (0.5 * beta)
-    kept, kept_slope = log_sigmoid_and_slope(u)
-    flipped, flipped_slope = log_sigmoid_and_slope(-u)
-    tl.store(loss_ptr + i, -(1.0 - label_smoothing) * kept - label_smoothing * flipped, mask=mask)
-    slope = -(1.0 - label_smoothing) * kept_slope + label_smoothing * flipped_slope
-    tl.store(slope_ptr + i, slope * (0.5 * beta), mask=mask)
-
-
-def _launch(reward_w: Tensor, reward_l: Tensor, beta: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    reward_w, reward_l = reward_w.contiguous(), reward_l.contiguous()
-    n_pairs = reward_w.shape[0]
-    loss, slope = torch.empty_like(reward_w), torch.empty_like(reward_w)
-    grid = (-(-n_pairs // _BLOCK),)
-    _dpo_loss_kernel[grid](reward_w, reward_l, loss, slope, n_pairs, beta, label_smoothing, BLOCK_SIZE=_BLOCK)
-    return loss, slope
+def launch(
+    reward_w: Rewards, reward_l: Rewards, grad_w: Tensor, grad_l: Tensor, beta: float, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, effective contrasts, accuracy, rewards (2N,)) in one launch; fills grad_w (N,) and grad_l (N,)."""
+    n_pairs, n_chunks = grad_w.shape[0], reward_w.values.shape[1]
+    loss, effective, accuracy = (torch.empty((), dtype=torch.float32, device=grad_w.device) for _ in range(3))
+    rewards = torch.empty(2 * n_pairs, dtype=torch.float32, device=grad_w.device)
+    _dpo_loss_kernel[(1,)](
+        reward_w.values,
+        reward_l.values,
+        rewards,
+        loss,
+        effective,
+        accuracy,
+        grad_w,
+        grad_l,
+        n_pairs,
+        n_chunks,
+        reward_w.values.stride(0),
+        reward_l.values.stride(0),
+        reward_w.scale,
+        beta,
+        label_smoothing,
+        **blocks(n_chunks),
+    )
+    return loss, effective, accuracy, rewards
 
 
 @torch.library.custom_op(
     "fastpref_kernels::dpo_loss",
     mutates_args=(),
-    schema="(Tensor reward_w, Tensor reward_l, float beta, float label_smoothing) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor reward_w, Tensor reward_l, float beta, float label_smoothing) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _dpo_loss(reward_w: Tensor, reward_l: Tensor, beta: float, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, accuracy, derivative of the loss with respect to reward_w (N,))."""
-    path = _launch if use_triton(reward_w) else torch_path
-    loss, slope = path(reward_w, reward_l, beta, label_smoothing)
-    accuracy = (reward_w > reward_l).to(loss.dtype).mean()
-    return loss.mean(), accuracy, slope / loss.shape[0]
+def _dpo_loss(
+    reward_w: Tensor, reward_l: Tensor, beta: float, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, accuracy, dL/dreward_w (N,), dL/dreward_l (N,))."""
+    if use_triton(reward_w):
+        grads = torch.empty_like(reward_w), torch.empty_like(reward_l)
+        settings = (beta, label_smoothing)
+        loss, _, accuracy, _ = launch(Rewards(reward_w[:, None]), Rewards(reward_l[:, None]), *grads, *settings)
+        return loss, accuracy, *grads
+    losses, slope = torch_path(reward_w, reward_l, beta, label_smoothing)
+    slope = slope / losses.shape[0]
+    return losses.mean(), (reward_w > reward_l).to(losses.dtype).mean(), slope, -slope
 
 
 @_dpo_loss.register_fake
 def _(reward_w, reward_l, beta, label_smoothing):
-    return reward_w.new_empty(()), reward_w.new_empty(()), torch.empty_like(reward_w)
+    scalars = [reward_w.new_empty(()) for _ in range(2)]
+    return *scalars, reward_w.new_empty(reward_w.shape), reward_l.new_empty(reward_l.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[2])
+    ctx.save_for_backward(output[2], output[3])
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    (slope,) = ctx.saved_tensors
-    grad_w = grad_loss * slope
-    return grad_w, -grad_w, None, None
+    grad_w, grad_l = ctx.saved_tensors
+    return grad_loss * grad_w, grad_loss * grad_l, None, None
 
 
 _dpo_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+def check_label_smoothing(op: str, label_smoothing: float) -> None:
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 0.5), got {label_smoothing}")
 
 
 def dpo_loss(reward_w: Tensor, reward_l: Tensor, *, beta: float, label_smoothing: float = 0.0) -> PairwiseLoss:
@@ -116,8 +139,7 @@ def dpo_loss(reward_w: Tensor, reward_l: Tensor, *, beta: float, label_smoothing
     check_positive(op, "beta", beta)
     if reward_w.shape != reward_l.shape:
         raise ValueError(f"{op}: reward_w has shape {tuple(reward_w.shape)}, reward_l has {tuple(reward_l.shape)}")
-    if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(f"{op}: label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    check_label_smoothing(op, label_smoothing)
     dtype = accumulation_dtype(torch.promote_types(reward_w.dtype, reward_l.dtype))
-    loss, accuracy, _ = _dpo_loss(reward_w.to(dtype), reward_l.to(dtype), float(beta), float(label_smoothing))
+    loss, accuracy, _, _ = _dpo_loss(reward_w.to(dtype), reward_l.to(dtype), float(beta), float(label_smoothing))
     return PairwiseLoss(loss, torch.ones_like(accuracy), accuracy.detach())

@@ -7,7 +7,8 @@
 
 Shapes: keys (N,) int64 -> (N, *shape). The integers are the same on every device; normals are computed in fp32 (two
 implementations of log, cos and sin agree to 1e-6) and cast. Row n depends on keys[n] only.
-Bytes per element: keyed_noise 2 (a write at 16 bits); add_keyed_noise 4 (a read and a write), backward 4.
+Bytes per element at 16 bits: keyed_noise 2 (a write), add_keyed_noise 4 (a read and a write), its backward 4. Any
+strides are read in place.
 Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011), section 4.3; DDPM, arXiv 2006.11239,
 equation 4.
 """
@@ -22,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_device, check_floating
-from ._dispatch import accumulation_dtype, jit, tl, use_triton
+from ._checks import check_device, check_floating, check_timesteps
+from ._dispatch import jit, tl, use_triton
+from ._philox import _normals
+from ._strides import address, layout_of
 from .cpu import keyed_noise as torch_path
 
 PURPOSES = {
@@ -35,85 +38,91 @@ PURPOSES = {
     "permutation": 5,
     "sample": 6,
     "init": 7,
+    "label": 8,
 }
 _BLOCK = 256  # Philox blocks, of four elements each
 
 
 @jit
-def _philox4x32(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10 on uint32 blocks."""
-    for _ in range(10):
-        low0 = c0 * 0xD2511F53
-        low1 = c2 * 0xCD9E8D57
-        high0 = tl.umulhi(c0, tl.full(c0.shape, 0xD2511F53, tl.uint32))
-        high1 = tl.umulhi(c2, tl.full(c2.shape, 0xCD9E8D57, tl.uint32))
-        c0 = high1 ^ c1 ^ k0
-        c2 = high0 ^ c3 ^ k1
-        c1 = low1
-        c3 = low0
-        k0 = k0 + 0x9E3779B9
-        k1 = k1 + 0xBB67AE85
-    return c0, c1, c2, c3
-
-
-@jit
-def _box_muller(radius_word, angle_word):
-    u = radius_word.to(tl.float32) * 2.3283064365386963e-10 + 2.3283064365386963e-10
-    angle = (angle_word.to(tl.float32) * 2.3283064365386963e-10 + 2.3283064365386963e-10) * 6.283185307179586
-    radius = tl.sqrt(-2.0 * tl.log(u))
-    return radius * tl.cos(angle), radius * tl.sin(angle)
-
-
-@jit
-def _normals(key, first, BLOCK_SIZE: tl.constexpr):
-    """4 * BLOCK_SIZE normals of the Philox blocks first .. first + BLOCK_SIZE, in element order."""
-    counter = (first + tl.arange(0, BLOCK_SIZE)).to(tl.uint32)
-    zero = tl.zeros((BLOCK_SIZE,), tl.uint32)
-    low = zero + key.to(tl.uint32)
-    high = zero + (key >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = _philox4x32(counter, zero, zero, zero, low, high)
-    z0, z1 = _box_muller(w0, w1)
-    z2, z3 = _box_muller(w2, w3)
-    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
-
-
-@jit
-def _keyed_noise_kernel(keys_ptr, out_ptr, n_elements, BLOCK_SIZE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1).to(tl.int64) * BLOCK_SIZE
+def _keyed_noise_kernel(keys_ptr, out_ptr, n_elements, n_chunks, BLOCK_SIZE: tl.constexpr):
+    """A program per row and chunk of 4 * BLOCK_SIZE elements."""
+    row = tl.program_id(0).to(tl.int64) // n_chunks
+    first = tl.program_id(0).to(tl.int64) % n_chunks * BLOCK_SIZE
     noise = _normals(tl.load(keys_ptr + row), first, BLOCK_SIZE)
     offset = first * 4 + tl.arange(0, 4 * BLOCK_SIZE)
     tl.store(out_ptr + row * n_elements + offset, noise.to(out_ptr.dtype.element_ty), mask=offset < n_elements)
 
 
 @jit
-def _add_keyed_noise_kernel(x0_ptr, keys_ptr, scale_ptr, sigma_ptr, out_ptr, n_elements, BLOCK_SIZE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1).to(tl.int64) * BLOCK_SIZE
+def _schedule(timesteps_ptr, alphas_cumprod_ptr, row, n_timesteps):
+    """(sqrt(abar), sqrt(1 - abar)) of a row, fp32; NaN where the timestep is outside [0, n_timesteps)."""
+    t = tl.load(timesteps_ptr + row)
+    abar = tl.load(alphas_cumprod_ptr + t, mask=(t >= 0) & (t < n_timesteps), other=float("nan")).to(tl.float64)
+    return tl.sqrt_rn(abar.to(tl.float32)), tl.sqrt_rn((1.0 - abar).to(tl.float32))
+
+
+@jit
+def _add_keyed_noise_kernel(
+    x0_ptr,
+    keys_ptr,
+    timesteps_ptr,
+    alphas_cumprod_ptr,
+    out_ptr,
+    n_elements,
+    n_chunks,
+    n_timesteps,
+    size_1,
+    size_2,
+    x0_row,
+    x0_0,
+    x0_1,
+    x0_2,
+    BACKWARD: tl.constexpr,
+    STRIDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """scale * x0 + sigma * noise, a program per row and chunk; BACKWARD: scale * x0, where x0 is the gradient."""
+    row = tl.program_id(0).to(tl.int64) // n_chunks
+    first = tl.program_id(0).to(tl.int64) % n_chunks * BLOCK_SIZE
     offset = first * 4 + tl.arange(0, 4 * BLOCK_SIZE)
     mask = offset < n_elements
-    x0 = tl.load(x0_ptr + row * n_elements + offset, mask=mask, other=0.0).to(tl.float32)
-    noise = _normals(tl.load(keys_ptr + row), first, BLOCK_SIZE)
-    x_t = tl.load(scale_ptr + row) * x0 + tl.load(sigma_ptr + row) * noise
+    place = address(offset, row, (size_1, size_2), (x0_row, x0_0, x0_1, x0_2), STRIDED)
+    scale, sigma = _schedule(timesteps_ptr, alphas_cumprod_ptr, row, n_timesteps)
+    x_t = scale * tl.load(x0_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    if not BACKWARD:
+        x_t += sigma * _normals(tl.load(keys_ptr + row), first, BLOCK_SIZE)
     tl.store(out_ptr + row * n_elements + offset, x_t.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def _grid(rows: int, n_elements: int) -> tuple[int, int]:
-    return rows, -(-n_elements // (4 * _BLOCK))
 
 
 def _launch_noise(keys: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     out = torch.empty(keys.shape[0], *shape, dtype=dtype, device=keys.device)
     n_elements = math.prod(shape)
-    _keyed_noise_kernel[_grid(keys.shape[0], n_elements)](keys.contiguous(), out, n_elements, BLOCK_SIZE=_BLOCK)
+    n_chunks = -(-n_elements // (4 * _BLOCK))
+    grid = (keys.shape[0] * n_chunks,)
+    _keyed_noise_kernel[grid](keys.contiguous(), out, n_elements, n_chunks, BLOCK_SIZE=_BLOCK)
     return out
 
 
-def _launch_add(x0: Tensor, keys: Tensor, scale: Tensor, sigma: Tensor) -> Tensor:
-    x0, keys = x0.contiguous(), keys.contiguous()
-    out = torch.empty_like(x0)
+def _launch_add(x0: Tensor, keys: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, *, backward: bool) -> Tensor:
+    out = torch.empty_like(x0, memory_format=torch.contiguous_format)
     n_elements = x0[0].numel()
-    _add_keyed_noise_kernel[_grid(x0.shape[0], n_elements)](x0, keys, scale, sigma, out, n_elements, BLOCK_SIZE=_BLOCK)
+    n_chunks = -(-n_elements // (4 * _BLOCK))
+    layout = layout_of("add_keyed_noise", x0)
+    _add_keyed_noise_kernel[(x0.shape[0] * n_chunks,)](
+        x0,
+        keys.contiguous(),
+        timesteps.contiguous(),
+        alphas_cumprod.contiguous(),
+        out,
+        n_elements,
+        n_chunks,
+        alphas_cumprod.shape[0],
+        *layout.sizes,
+        *layout.strides[0],
+        BACKWARD=backward,
+        STRIDED=not layout.flat,
+        BLOCK_SIZE=_BLOCK,
+    )
     return out
 
 
@@ -129,31 +138,18 @@ def _(keys, shape, dtype):
     return keys.new_empty((keys.shape[0], *shape), dtype=dtype)
 
 
-def _scales(timesteps: Tensor, alphas_cumprod: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """sqrt(abar), sqrt(1 - abar) of each row (N,); refuses timesteps outside [0, T)."""
-    in_range = ((timesteps >= 0) & (timesteps < alphas_cumprod.shape[0])).all()
-    if timesteps.is_cuda:
-        torch._assert_async(in_range, "add_keyed_noise: timesteps out of range")  # no synchronisation with the device
-    elif not in_range:
-        low, high = timesteps.min().item(), timesteps.max().item()
-        raise ValueError(f"add_keyed_noise: timesteps must be in [0, {alphas_cumprod.shape[0]}), got {low} to {high}")
-    abar = alphas_cumprod[timesteps].to(torch.promote_types(alphas_cumprod.dtype, dtype))
-    return abar.sqrt().to(dtype), (1.0 - abar).sqrt().to(dtype)
-
-
 @torch.library.custom_op(
     "fastpref_kernels::add_keyed_noise",
     mutates_args=(),
     schema="(Tensor x0, Tensor keys, Tensor timesteps, Tensor alphas_cumprod) -> Tensor",
 )
 def _add_keyed_noise(x0: Tensor, keys: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    scale, sigma = _scales(timesteps, alphas_cumprod, accumulation_dtype(x0.dtype))
+    check_timesteps("add_keyed_noise", timesteps, alphas_cumprod)
     if use_triton(x0):
-        return _launch_add(x0, keys, scale, sigma)
+        return _launch_add(x0, keys, timesteps, alphas_cumprod, backward=False)
+    scale, sigma = torch_path.schedule(timesteps, alphas_cumprod, x0)
     if use_triton(keys):  # float64: the arithmetic in torch, the noise that every other dtype gets
-        column = (-1, *[1] * (x0.dim() - 1))
-        noise = _launch_noise(keys, x0.shape[1:], x0.dtype)
-        return noise.mul_(sigma.view(column)).add_(x0 * scale.view(column))
+        return _launch_noise(keys, x0.shape[1:], x0.dtype).mul_(sigma).add_(x0 * scale)
     return torch_path.add_keyed_noise(x0, keys, scale, sigma)
 
 
@@ -162,23 +158,35 @@ def _(x0, keys, timesteps, alphas_cumprod):
     return torch.empty_like(x0, memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op(
+    "fastpref_kernels::add_keyed_noise_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor keys, Tensor timesteps, Tensor alphas_cumprod) -> Tensor",
+)
+def _add_keyed_noise_backward(grad: Tensor, keys: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    if use_triton(grad):
+        return _launch_add(grad, keys, timesteps, alphas_cumprod, backward=True)
+    scale, _ = torch_path.schedule(timesteps, alphas_cumprod, grad)
+    return (grad * scale).to(grad.dtype).contiguous()
+
+
+@_add_keyed_noise_backward.register_fake
+def _(grad, keys, timesteps, alphas_cumprod):
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[2], inputs[3])
-    ctx.x0_dtype = inputs[0].dtype
+    ctx.save_for_backward(*inputs[1:])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    timesteps, alphas_cumprod = ctx.saved_tensors
-    dtype = accumulation_dtype(ctx.x0_dtype)
-    abar = alphas_cumprod[timesteps].to(torch.promote_types(alphas_cumprod.dtype, dtype))
-    scale = abar.sqrt().to(dtype).view(-1, *[1] * (grad.dim() - 1))
-    return (grad.to(dtype) * scale).to(ctx.x0_dtype), None, None, None
+    return _add_keyed_noise_backward(grad, *ctx.saved_tensors), None, None, None
 
 
 _add_keyed_noise.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check_keys(op: str, keys: Tensor) -> None:
+def check_keys(op: str, keys: Tensor) -> None:
     if keys.dtype != torch.int64 or keys.dim() != 1:
         raise ValueError(f"{op}: keys must be an int64 vector, got {keys.dtype} of shape {tuple(keys.shape)}")
     if keys.numel() == 0:
@@ -199,7 +207,7 @@ def keyed_noise(keys: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tenso
 
     Raises ValueError for keys that are not an int64 vector, an empty batch or shape, and a dtype that is not floating.
     """
-    _check_keys("keyed_noise", keys)
+    check_keys("keyed_noise", keys)
     _check_elements("keyed_noise", math.prod(shape))
     if not dtype.is_floating_point:
         raise ValueError(f"keyed_noise: dtype must be floating point, got {dtype}")
@@ -209,18 +217,18 @@ def keyed_noise(keys: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tenso
 def add_keyed_noise(x0: Tensor, keys: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """Forward diffusion with noise that is never stored: sqrt(abar) * x0 + sqrt(1 - abar) * keyed_noise(keys).
 
-    x0: (N, ...) clean latents, floating. On a GPU it is copied first if it is not contiguous.
+    x0: (N, ...) clean latents, floating, of any strides that collapse to three dimensions.
     keys, timesteps: (N,) int64; timesteps in [0, T).
     alphas_cumprod: (T,) floating, abar by timestep.
 
     Returns x_t of x0's shape and dtype, contiguous, computed in fp32 (fp64 for fp64 x0). The gradient goes to x0 only.
-    Raises ValueError for shapes, dtypes or devices that do not fit, an empty batch, and timesteps out of range (on a
-    GPU the last is a device-side assertion).
+    NaN in x0 stays where it is. Raises ValueError for shapes, dtypes or devices that do not fit, an empty batch, and
+    timesteps out of range; on a GPU, where a look at them would wait for the device, their rows are NaN instead.
     Source: DDPM, arXiv 2006.11239, equation 4.
     """
     op = "add_keyed_noise"
     check_floating(op, "x0", x0)
-    _check_keys(op, keys)
+    check_keys(op, keys)
     if x0.dim() < 2 or x0.shape[0] != keys.shape[0]:
         raise ValueError(f"{op}: x0 must be ({keys.shape[0]}, ...), one row per key, got {tuple(x0.shape)}")
     _check_elements(op, x0.numel() // x0.shape[0])
@@ -288,6 +296,6 @@ def keyed_uniform_u32(keys: Tensor) -> Tensor:
 
     Plain torch, exact on every device. Raises ValueError for keys that are not an int64 vector.
     """
-    _check_keys("keyed_uniform_u32", keys)
+    check_keys("keyed_uniform_u32", keys)
     zero = torch.zeros((), dtype=torch.int64, device=keys.device)
     return torch_path.philox4x32((zero, zero, zero, zero), torch_path.key_words(keys))[0]

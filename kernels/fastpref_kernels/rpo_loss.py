@@ -8,232 +8,116 @@
 
 Row i is contrasted with the losers of its own contrast group: consecutive blocks of `group_size` rows, or everything.
 Shapes: reward_w (M,), reward_l (N,), emb_w (M, D), emb_l (N, D) -> scalar; in fp32 (fp64 if a reward is fp64).
-Memory: O(M + N); no contrast matrix is stored. A row kernel takes the softmax online, then the loss and
-dL/dreward_w; a column kernel recomputes the weights from the rows' maxima and sums and gives dL/dreward_l, so nothing
-needs a float atomic.
-Bytes: 2 * BLOCK * D embedding elements per tile of BLOCK x BLOCK contrasts, three times; the backward multiplies the
-stored gradients, 12 bytes per row.
+Memory: O(M + N); no contrast matrix is stored. Three launches: the embeddings' norms; a row kernel with an online
+softmax, which gives the loss and dL/dreward_w in one walk over the losers ("inside" in two); a column kernel that
+recomputes the weights from the rows' maxima and sums, gives dL/dreward_l and takes the means. No float atomics.
+Bytes: 2 * BLOCK * D embedding elements per tile of BLOCK x BLOCK contrasts, twice ("inside" three times); the backward
+multiplies the stored gradients, 12 bytes per row.
 Source: Diffusion-RPO, arXiv 2406.06382; "inside" is the form of RPO for language models, arXiv 2402.10958."""
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._checks import check_contrasts, check_positive
-from ._dispatch import accumulation_dtype, jit, tl, triton, use_triton
+from ._dispatch import accumulation_dtype, use_triton
+from ._rpo_kernels import _inverse_norm_kernel, _rpo_column_kernel, _rpo_row_kernel
 from .cpu.rpo_loss import rpo_loss as torch_path
-from .dpo_loss import PairwiseLoss, log_sigmoid_and_slope
-
-_BLOCK, _BLOCK_D = 32, 32
+from .dpo_loss import PairwiseLoss, Rewards, chunk_block
 
 
-@jit
-def _inverse_norm_kernel(emb_ptr, out_ptr, dim, BLOCK_D: tl.constexpr):
-    """1 / max(norm, 1e-12) of each row: a zero row has cosine 0 with everything."""
-    row = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(0, dim, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        x = tl.load(emb_ptr + row * dim + d, mask=d < dim, other=0.0).to(tl.float32)
-        total += x * x
-    tl.store(out_ptr + row, 1.0 / tl.maximum(tl.sqrt(tl.sum(total, axis=0)), 1e-12))
+def row_blocks(weight: str, n_chunks: int) -> dict[str, int]:
+    """Tile sizes, warps and stages of the row kernel; these compile without spills where others do not."""
+    warps, stages = (4, 2) if weight == "inside" else (8, 1)
+    return {
+        "BLOCK": 32,
+        "BLOCK_D": 32,
+        "BLOCK_CHUNKS": chunk_block(n_chunks),
+        "num_warps": warps,
+        "num_stages": stages,
+    }
 
 
-@jit
-def _scaled_cosine_tile(
-    emb_w_ptr,
-    emb_l_ptr,
-    norm_w_ptr,
-    norm_l_ptr,
-    i,
-    j,
-    mask_i,
-    mask_j,
-    dim,
-    temperature,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """cos(emb_w_i, emb_l_j) / temperature of a tile; -inf in the columns beyond the group."""
-    cosine = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for start in range(0, dim, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        mask_d = d < dim
-        w_ptr = emb_w_ptr + i[:, None] * dim + d[None, :]
-        l_ptr = emb_l_ptr + j[None, :] * dim + d[:, None]
-        w = tl.load(w_ptr, mask=mask_i[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
-        l = tl.load(l_ptr, mask=mask_d[:, None] & mask_j[None, :], other=0.0).to(tl.float32)  # noqa: E741
-        cosine = tl.dot(w, l, cosine, input_precision="ieee")
-    norm_w = tl.load(norm_w_ptr + i, mask=mask_i, other=0.0)
-    norm_l = tl.load(norm_l_ptr + j, mask=mask_j, other=0.0) / temperature
-    return tl.where(mask_j[None, :], cosine * norm_w[:, None] * norm_l[None, :], float("-inf"))
+def column_blocks(n_chunks: int) -> dict[str, int]:
+    """The same of the column kernel."""
+    return {"BLOCK": 32, "BLOCK_D": 16, "BLOCK_CHUNKS": chunk_block(n_chunks), "num_warps": 8, "num_stages": 2}
 
 
-@jit
-def _rpo_row_kernel(
-    reward_w_ptr,
-    reward_l_ptr,
-    emb_w_ptr,
-    emb_l_ptr,
-    norm_w_ptr,
-    norm_l_ptr,
-    max_ptr,
-    sum_ptr,
-    loss_ptr,
-    effective_ptr,
-    grad_w_ptr,
-    rows,
-    columns,
-    dim,
-    beta,
-    temperature,
-    UNIFORM: tl.constexpr,
-    INSIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """A block of winners of one group: softmax maximum and sum, exp(entropy), row sums of the loss, dL/dreward_w."""
-    group = tl.program_id(0).to(tl.int64)
-    local_i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask_i = local_i < rows
-    i = group * rows + local_i
-    maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    moment = tl.zeros((BLOCK,), tl.float32)  # sum of exp(z - maximum) * (z - maximum)
-    if not UNIFORM:
-        for start in range(0, columns, BLOCK):
-            local_j = start + tl.arange(0, BLOCK)
-            mask_j = local_j < columns
-            j = group * columns + local_j
-            z = _scaled_cosine_tile(
-                emb_w_ptr, emb_l_ptr, norm_w_ptr, norm_l_ptr, i, j, mask_i, mask_j, dim, temperature, BLOCK, BLOCK_D
-            )
-            higher = tl.maximum(maximum, tl.max(z, axis=1))
-            shift = tl.where(total > 0.0, maximum - higher, 0.0)
-            z = tl.where(mask_j[None, :], z - higher[:, None], 0.0)
-            e = tl.where(mask_j[None, :], tl.exp(z), 0.0)
-            moment = tl.exp(shift) * (moment + shift * total) + tl.sum(e * z, axis=1)
-            total = tl.exp(shift) * total + tl.sum(e, axis=1)
-            maximum = higher
-        tl.store(max_ptr + i, maximum, mask=mask_i)
-        tl.store(sum_ptr + i, total, mask=mask_i)
-        tl.store(effective_ptr + i, tl.exp(tl.log(total) - moment / total), mask=mask_i)
-    reward_w = tl.load(reward_w_ptr + i, mask=mask_i, other=0.0)
-    loss = tl.zeros((BLOCK,), tl.float32)
-    grad_w = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, columns, BLOCK):
-        local_j = start + tl.arange(0, BLOCK)
-        mask_j = local_j < columns
-        j = group * columns + local_j
-        reward_l = tl.load(reward_l_ptr + j, mask=mask_j, other=0.0)
-        u = (reward_w[:, None] - reward_l[None, :]) * (0.5 * beta)
-        if UNIFORM:
-            omega = tl.where(mask_j[None, :], 1.0 / columns, 0.0) + tl.zeros_like(u)
-        else:
-            z = _scaled_cosine_tile(
-                emb_w_ptr, emb_l_ptr, norm_w_ptr, norm_l_ptr, i, j, mask_i, mask_j, dim, temperature, BLOCK, BLOCK_D
-            )
-            omega = tl.exp(z - maximum[:, None]) / total[:, None]
-        if INSIDE:
-            term, slope = log_sigmoid_and_slope(omega * u)
-            term = tl.where(mask_j[None, :], term, 0.0)
-        else:
-            term, slope = log_sigmoid_and_slope(u)
-            term = omega * term
-        loss -= tl.sum(term, axis=1)
-        grad_w -= tl.sum(omega * slope, axis=1)
-    tl.store(loss_ptr + i, loss, mask=mask_i)
-    tl.store(grad_w_ptr + i, grad_w * (0.5 * beta), mask=mask_i)
+def norm_block(dim: int) -> int:
+    return 256 if dim <= 256 else 1024
 
 
-@jit
-def _rpo_column_kernel(
-    reward_w_ptr,
-    reward_l_ptr,
-    emb_w_ptr,
-    emb_l_ptr,
-    norm_w_ptr,
-    norm_l_ptr,
-    max_ptr,
-    sum_ptr,
-    grad_l_ptr,
-    rows,
-    columns,
-    dim,
-    beta,
-    temperature,
-    UNIFORM: tl.constexpr,
-    INSIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """A block of losers of one group: dL/dreward_l, summed over the group's winners."""
-    group = tl.program_id(0).to(tl.int64)
-    local_j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask_j = local_j < columns
-    j = group * columns + local_j
-    reward_l = tl.load(reward_l_ptr + j, mask=mask_j, other=0.0)
-    grad_l = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, rows, BLOCK):
-        local_i = start + tl.arange(0, BLOCK)
-        mask_i = local_i < rows
-        i = group * rows + local_i
-        reward_w = tl.load(reward_w_ptr + i, mask=mask_i, other=0.0)
-        u = (reward_w[:, None] - reward_l[None, :]) * (0.5 * beta)
-        if UNIFORM:
-            omega = tl.where(mask_i[:, None], 1.0 / columns, 0.0) + tl.zeros_like(u)
-        else:
-            z = _scaled_cosine_tile(
-                emb_w_ptr, emb_l_ptr, norm_w_ptr, norm_l_ptr, i, j, mask_i, mask_j, dim, temperature, BLOCK, BLOCK_D
-            )
-            maximum = tl.load(max_ptr + i, mask=mask_i, other=float("inf"))
-            total = tl.load(sum_ptr + i, mask=mask_i, other=1.0)
-            omega = tl.exp(z - maximum[:, None]) / total[:, None]
-        if INSIDE:
-            u = omega * u
-        _, slope = log_sigmoid_and_slope(u)
-        grad_l += tl.sum(omega * slope, axis=0)
-    tl.store(grad_l_ptr + j, grad_l * (0.5 * beta), mask=mask_j)
+class Similarity(NamedTuple):
+    """How contrasts are weighted: embeddings and their inverse norms (M + N,), or None for weight="uniform"."""
+
+    emb_w: Tensor | None
+    emb_l: Tensor | None
+    norm: Tensor | None
+    temperature: float
+    weight: str
+    groups: int
 
 
-def _launch(
-    reward_w: Tensor,
-    reward_l: Tensor,
-    emb_w: Tensor | None,
-    emb_l: Tensor | None,
-    beta: float,
-    temperature: float,
-    weight: str,
-    groups: int,
+def launch_norms(emb_w: Tensor, emb_l: Tensor) -> Tensor:
+    """1/norm of the winners' and then the losers' embeddings, (M + N,) fp32."""
+    dim, count = emb_w.shape[1], emb_w.shape[0] + emb_l.shape[0]
+    norm = torch.empty(count, dtype=torch.float32, device=emb_w.device)
+    strides = (*emb_w.stride(), *emb_l.stride())
+    _inverse_norm_kernel[(count,)](emb_w, emb_l, norm, emb_w.shape[0], *strides, dim, BLOCK_D=norm_block(dim))
+    return norm
+
+
+def launch(
+    reward_w: Rewards, reward_l: Rewards, similarity: Similarity, grad_w: Tensor, grad_l: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row losses (M,), exp(entropy) (M,), and the derivatives of the sum of the row losses: (M,) and (N,)."""
-    reward_w, reward_l = reward_w.contiguous(), reward_l.contiguous()
-    rows, columns = reward_w.shape[0] // groups, reward_l.shape[0] // groups
-    uniform = weight == "uniform"
-    loss, grad_w, maximum, total = (torch.empty_like(reward_w) for _ in range(4))
-    effective = torch.full_like(reward_w, columns)
-    grad_l = torch.empty_like(reward_l)
-    if uniform or emb_w is None or emb_l is None:
-        embeddings = (reward_w, reward_l, reward_w, reward_l)  # never read
-        dim = 0
-    else:
-        emb_w, emb_l, dim = emb_w.contiguous(), emb_l.contiguous(), emb_w.shape[1]
-        embeddings = (emb_w, emb_l, torch.empty_like(reward_w), torch.empty_like(reward_l))
-        for emb, norm in (embeddings[0::2], embeddings[1::2]):
-            _inverse_norm_kernel[(emb.shape[0],)](emb, norm, dim, BLOCK_D=min(1024, triton.next_power_of_2(dim)))
-    sizes = (rows, columns, dim, beta, temperature)
-    options = {"UNIFORM": uniform, "INSIDE": weight == "inside", "BLOCK": _BLOCK, "BLOCK_D": _BLOCK_D}
-    _rpo_row_kernel[(groups, -(-rows // _BLOCK))](
-        reward_w, reward_l, *embeddings, maximum, total, loss, effective, grad_w, *sizes, **options
+    """(loss, effective contrasts, accuracy, rewards (M + N,)) in two launches; fills grad_w (M,) and grad_l (N,)."""
+    emb_w, emb_l, norm, temperature, weight, groups = similarity
+    m, n = grad_w.shape[0], grad_l.shape[0]
+    rows, columns = m // groups, n // groups
+    loss, effective, accuracy = (torch.empty((), dtype=torch.float32, device=grad_w.device) for _ in range(3))
+    rewards = torch.empty(m + n, dtype=torch.float32, device=grad_w.device)
+    state = torch.empty(5, m, dtype=torch.float32, device=grad_w.device)
+    n_chunks = reward_w.values.shape[1]
+    embeddings, strides, dim = (rewards, rewards, rewards), (0, 0, 0, 0), 0  # never read
+    if emb_w is not None and emb_l is not None and norm is not None:
+        embeddings, strides, dim = (emb_w, emb_l, norm), (*emb_w.stride(), *emb_l.stride()), emb_w.shape[1]
+    sizes = (m, rows, columns, dim, n_chunks)
+    scales = (reward_w.scale, beta, 0.5 * beta / (m * columns if weight == "inside" else m), temperature)
+    flags: dict[str, Any] = {"UNIFORM": norm is None, "INSIDE": weight == "inside"}
+    row_flags, column_flags = flags | row_blocks(weight, n_chunks), flags | column_blocks(n_chunks)
+    shared = (*embeddings, rewards, state)
+    w_stride, l_stride = reward_w.values.stride(0), reward_l.values.stride(0)
+    _rpo_row_kernel[(groups, -(-rows // row_flags["BLOCK"]))](
+        reward_w.values,
+        reward_l.values,
+        *shared,
+        grad_w,
+        *sizes,
+        w_stride,
+        l_stride,
+        *strides,
+        *scales,
+        PAIRS=m == n,
+        **row_flags,
     )
-    _rpo_column_kernel[(groups, -(-columns // _BLOCK))](
-        reward_w, reward_l, *embeddings, maximum, total, grad_l, *sizes, **options
+    _rpo_column_kernel[(groups, -(-columns // column_flags["BLOCK"]))](
+        reward_l.values,
+        *shared,
+        grad_l,
+        loss,
+        effective,
+        accuracy,
+        *sizes,
+        l_stride,
+        *strides,
+        *scales,
+        **column_flags,
     )
-    return loss, effective, grad_w, grad_l
+    return loss, effective, accuracy, rewards
 
 
 def _accuracy(reward_w: Tensor, reward_l: Tensor) -> Tensor:
@@ -263,8 +147,15 @@ def _rpo_loss(
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, effective contrasts, accuracy, dL/dreward_w (M,), dL/dreward_l (N,))."""
-    path = _launch if use_triton(reward_w) else torch_path
-    loss, effective, grad_w, grad_l = path(reward_w, reward_l, emb_w, emb_l, beta, temperature, weight, groups)
+    if weight == "uniform":
+        emb_w = emb_l = None
+    if use_triton(reward_w):
+        grads = torch.empty_like(reward_w), torch.empty_like(reward_l)
+        norm = None if emb_w is None or emb_l is None else launch_norms(emb_w, emb_l)
+        similarity = Similarity(emb_w, emb_l, norm, temperature, weight, groups)
+        scalars = launch(Rewards(reward_w[:, None]), Rewards(reward_l[:, None]), similarity, *grads, beta)[:3]
+        return *scalars, *grads
+    loss, effective, grad_w, grad_l = torch_path(reward_w, reward_l, emb_w, emb_l, beta, temperature, weight, groups)
     inside = reward_l.shape[0] // groups if weight == "inside" else 1
     count = reward_w.shape[0] * inside
     return loss.mean() / inside, effective.mean(), _accuracy(reward_w, reward_l), grad_w / count, grad_l / count

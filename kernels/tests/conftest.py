@@ -1,4 +1,8 @@
-"""Both paths of every op in one process: the CPU path, and the Triton kernels in the mended interpreter."""
+"""Both paths of every op in one process: the CPU path, and the Triton kernels in the mended interpreter.
+
+KERNELS_ON=lanes has the Triton kernels not interpreted but compiled for gfx942 and executed lane by lane (execution/);
+KERNELS_ON=gpu leaves them to the GPU, for the tests of gpu/ alone.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,52 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton and by fastpref_kernels when they are imported
+# read by triton and by fastpref_kernels when they are imported
+os.environ.setdefault("FASTPREF_KERNELS_TRITON" if os.environ.get("KERNELS_ON") else "TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # interpreter, reference and tolerances, whatever the import mode
 
-import interpreter
 import pytest
 import torch
 
 from fastpref_kernels import _dispatch
 
-if not _dispatch.INTERPRETED:
-    raise RuntimeError("fastpref_kernels is already imported: set TRITON_INTERPRET=1 before pytest starts")
-interpreter.install()
+WHERE = os.environ.get("KERNELS_ON", "interpreter")
+if WHERE == "lanes":
+    from execution import driver
+
+    collect_ignore = ["test_interpreter.py"]
+    driver.install()
+    _dispatch.INTERPRETED = True  # in triton_on_cpu() only: CPU tensors may take the Triton path
+elif WHERE == "interpreter":
+    import interpreter
+
+    if not _dispatch.INTERPRETED:
+        raise RuntimeError("fastpref_kernels is already imported: set TRITON_INTERPRET=1 before pytest starts")
+    interpreter.install()
+elif WHERE != "gpu":
+    raise RuntimeError(f"KERNELS_ON must be interpreter, lanes or gpu, got {WHERE!r}")
 
 
-@pytest.fixture(params=["cpu", "triton"])
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Lanes are not watched: tests that count accesses or launches, or pick programs, belong to the interpreter."""
+    inside = {"traffic", "only", "interpreter", "GridExecutor", "shipped", "counted"}
+    for item in items if WHERE == "lanes" else ():
+        if isinstance(item, pytest.Function) and inside & set(item.function.__code__.co_names):
+            item.add_marker(pytest.mark.skip(reason="looks into the interpreter"))
+
+
+@pytest.fixture(params=["triton"] if WHERE == "lanes" else ["cpu", "triton"])
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test on the CPU path and on the interpreted kernels."""
+    """Runs a test on the CPU path and on the kernels."""
     with _dispatch.triton_on_cpu() if request.param == "triton" else nullcontext():
         yield request.param
+
+
+@pytest.fixture
+def triton_path() -> Iterator[None]:
+    """CPU tensors take the kernels, interpreted or executed lane by lane."""
+    with _dispatch.triton_on_cpu():
+        yield
 
 
 @pytest.fixture(autouse=True)

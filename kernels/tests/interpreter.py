@@ -1,14 +1,19 @@
 """The Triton interpreter, mended for tests (written against triton 3.7.1).
 
-As shipped it truncates fp32 to bf16 where a GPU rounds to nearest even, does bf16 arithmetic on the raw bits, and
-reads and writes outside its tensors in silence. After `install()` the casts round as hardware does, arithmetic or a
-reduction in bf16 is an error (kernels upcast on load), and so is any unmasked access outside the tensors given to
-the launch.
+As shipped it truncates fp32 to bf16 where a GPU rounds to nearest even, does bf16 arithmetic on the raw bits, reads
+and writes outside its tensors in silence, and runs programs one after the other, so that one may read what another
+wrote. After `install()` the casts round as hardware does, arithmetic or a reduction in bf16 is an error (kernels
+upcast on load), and so is any unmasked access outside the tensors given to the launch (`OutOfBounds`), and any element
+that one program writes and another program of the launch reads or writes (`Race`). `traffic()` counts the bytes of
+every launch, `only()` runs a few programs of a grid too large to interpret.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +21,78 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter as shipped
 
-_tensors: list[tuple[int, int]] = []  # [first byte, one past the last) of the tensors of the launch under way
+Programs = Callable[[tuple[int, int, int]], bool]
+
+
+class OutOfBounds(IndexError):
+    """An access outside the tensors of the launch."""
+
+
+class Race(RuntimeError):
+    """Two programs of a launch meet in an element that at least one of them writes."""
+
+
+class _Region:
+    """Memory of tensors that overlap, and for each element the programs that wrote and read it: 0 none, -1 several."""
+
+    def __init__(self, first: int, end: int, width: int) -> None:
+        self.first, self.end, self.width = first, end, width
+        self.writer, self.reader = (np.zeros(-(-(end - first) // width), dtype=np.int32) for _ in range(2))
+
+    def note(self, addresses: np.ndarray, program: int, writes: bool) -> bool:
+        """True if no other program is in the way of this one."""
+        places = (addresses - np.uint64(self.first)) // np.uint64(self.width)
+        writer, reader = self.writer[places], self.reader[places]
+        alone = ((writer == 0) | (writer == program)).all()
+        if writes:
+            self.writer[places] = program
+            return bool(alone and ((reader == 0) | (reader == program)).all())
+        self.reader[places] = np.where((reader == 0) | (reader == program), program, -1)
+        return bool(alone)
+
+
+@dataclass
+class Launch:
+    """What one launch moved, in bytes; every lane's unmasked access counts, whether or not another had the same."""
+
+    kernel: str
+    programs: int
+    read: int = 0
+    written: int = 0
+
+
+@dataclass
+class _Monitor:
+    """The launch under way."""
+
+    tensors: list[tuple[int, int]] = field(default_factory=list)  # [first byte, one past the last)
+    regions: list[_Region] = field(default_factory=list)
+    launch: Launch = field(default_factory=lambda: Launch("", 0))
+    counted: list[Launch] | None = None
+    selected: Programs | None = None
+
+
+_monitor = _Monitor()
+
+
+@contextmanager
+def traffic() -> Iterator[list[Launch]]:
+    """Collects the launches made within this context, in order."""
+    _monitor.counted, previous = [], _monitor.counted
+    try:
+        yield _monitor.counted
+    finally:
+        _monitor.counted = previous
+
+
+@contextmanager
+def only(selected: Programs) -> Iterator[None]:
+    """Within this context only the programs (x, y, z) run that `selected` picks; the others leave their outputs."""
+    _monitor.selected, previous = selected, _monitor.selected
+    try:
+        yield
+    finally:
+        _monitor.selected = previous
 
 
 def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -64,31 +140,56 @@ def _refuse_bf16_reduction(original: Callable[..., Any]) -> Callable[..., Any]:
     return apply_impl
 
 
-def _check_bounds(pointers: Any, mask: Any, access: str) -> None:
-    width = pointers.get_element_ty().primitive_bitwidth // 8
+def _watch(builder: Any, pointers: Any, mask: Any, writes: bool) -> None:
+    """Check the bounds, count the bytes, and look for other programs."""
+    access = "store" if writes else "load"
+    width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
     addresses, active = np.broadcast_arrays(pointers.data, mask.data)
     addresses = addresses[active.astype(bool)]
-    inside = np.zeros(addresses.shape, dtype=bool)
-    for first, end in _tensors:
-        inside |= (addresses >= first) & (addresses + width <= end)
-    if not inside.all():
-        raise IndexError(f"{access} of {int((~inside).sum())} elements outside the tensors of the launch")
+    if not addresses.size:
+        return
+    low, high = int(addresses.min()), int(addresses.max()) + width
+    if not any(first <= low and high <= end for first, end in _monitor.tensors):
+        inside = np.zeros(addresses.shape, dtype=bool)
+        for first, end in _monitor.tensors:
+            inside |= (addresses >= first) & (addresses + np.uint64(width) <= end)
+        if not inside.all():
+            raise OutOfBounds(f"{access} of {int((~inside).sum())} elements outside the tensors of the launch")
+    launch = _monitor.launch
+    if writes:
+        launch.written += addresses.size * width
+    else:
+        launch.read += addresses.size * width
+    if launch.programs == 1 or _monitor.selected is not None:
+        return
+    (x, y, z), (columns, rows, _) = builder.grid_idx, builder.grid_dim
+    for region in _monitor.regions:
+        here = addresses[(addresses >= region.first) & (addresses < region.end)]
+        if here.size and not region.note(here, 1 + x + columns * (y + rows * z), writes):
+            raise Race(f"{launch.kernel}: program {builder.grid_idx}: {access} of an element of another program")
 
 
-def _checked_load(original: Callable[..., Any]) -> Callable[..., Any]:
+def _watched_load(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        _check_bounds(ptrs, mask, "load")
+        _watch(self, ptrs, mask, writes=False)
         return original(self, ptrs, mask, *rest)
 
     return create_masked_load
 
 
-def _checked_store(original: Callable[..., Any]) -> Callable[..., Any]:
+def _watched_store(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        _check_bounds(ptrs, mask, "store")
+        _watch(self, ptrs, mask, writes=True)
         return original(self, ptrs, value, mask, *rest)
 
     return create_masked_store
+
+
+def _refuse_atomics(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_atomic(self: Any, *args: Any) -> Any:
+        raise TypeError("atomics: the order of programs would decide the result")
+
+    return create_atomic
 
 
 def _span(x: torch.Tensor) -> int:
@@ -97,14 +198,42 @@ def _span(x: torch.Tensor) -> int:
     return (last + 1) * x.element_size()
 
 
-def _noting_tensors(original: Callable[..., Any]) -> Callable[..., Any]:
+def _regions(tensors: list[torch.Tensor]) -> list[_Region]:
+    """The tensors' memory, overlapping ones as one region."""
+    merged: list[list[int]] = []
+    for first, end, width in sorted((x.data_ptr(), x.data_ptr() + _span(x), x.element_size()) for x in tensors):
+        if merged and first < merged[-1][1]:
+            merged[-1][1:] = [max(merged[-1][1], end), min(merged[-1][2], width)]
+        else:
+            merged.append([first, end, width])
+    return [_Region(*region) for region in merged]
+
+
+def _watched_launch(original: Callable[..., Any]) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-        _tensors[:] = [(x.data_ptr(), x.data_ptr() + _span(x)) for x in tensors if x.numel()]
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.numel()]
+        programs = int(np.prod(self.grid)) if isinstance(self.grid, tuple) else 0
+        _monitor.tensors = [(x.data_ptr(), x.data_ptr() + _span(x)) for x in tensors]
+        _monitor.regions = _regions(tensors) if programs != 1 and _monitor.selected is None else []
+        _monitor.launch = Launch(self.fn.__name__, programs)
+        if _monitor.counted is not None:
+            _monitor.counted.append(_monitor.launch)
+        if _monitor.selected is not None:
+            self.fn = _selective(self.fn, _monitor.selected)
         with np.errstate(over="ignore"):  # unsigned words wrap by design
             return original(self, *args, **kwargs)
 
     return __call__
+
+
+def _selective(kernel: Callable[..., Any], selected: Programs) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> None:
+        if selected(shipped.interpreter_builder.grid_idx):
+            kernel(*args, **kwargs)
+
+    run.__name__, run.__signature__ = kernel.__name__, inspect.signature(kernel)  # type: ignore[attr-defined]
+    run.__annotations__ = kernel.__annotations__
+    return run
 
 
 _installed = False
@@ -118,7 +247,9 @@ def install() -> None:
     _installed = True
     _wrap(shipped.InterpreterBuilder, "cast_impl", _rounding_cast)
     _wrap(shipped.InterpreterBuilder, "binary_op", _refuse_bf16)
-    _wrap(shipped.InterpreterBuilder, "create_masked_load", _checked_load)
-    _wrap(shipped.InterpreterBuilder, "create_masked_store", _checked_store)
+    _wrap(shipped.InterpreterBuilder, "create_masked_load", _watched_load)
+    _wrap(shipped.InterpreterBuilder, "create_masked_store", _watched_store)
+    _wrap(shipped.InterpreterBuilder, "create_atomic_rmw", _refuse_atomics)
+    _wrap(shipped.InterpreterBuilder, "create_atomic_cas", _refuse_atomics)
     _wrap(shipped.ReduceOps, "apply_impl", _refuse_bf16_reduction)
-    _wrap(shipped.GridExecutor, "__call__", _noting_tensors)
+    _wrap(shipped.GridExecutor, "__call__", _watched_launch)

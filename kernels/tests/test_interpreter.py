@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import bf16_to_fp32, fp32_to_bf16
+from interpreter import Launch, bf16_to_fp32, fp32_to_bf16, only, traffic
 from triton.runtime.errors import InterpreterError
 
 from fastpref_kernels._dispatch import jit, tl
@@ -27,6 +27,18 @@ def _double_kernel(x_ptr, out_ptr, BLOCK_SIZE: tl.constexpr):
 @jit
 def _sum_kernel(x_ptr, out_ptr, BLOCK_SIZE: tl.constexpr):
     tl.store(out_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, BLOCK_SIZE)), axis=0))
+
+
+@jit
+def _shift_kernel(x_ptr, out_ptr, step, BLOCK_SIZE: tl.constexpr):
+    """A program copies its block; blocks overlap in the output where step < BLOCK_SIZE."""
+    i = tl.program_id(0) * step + tl.arange(0, BLOCK_SIZE)
+    tl.store(out_ptr + i, tl.load(x_ptr + i))
+
+
+@jit
+def _add_kernel(x_ptr, out_ptr):
+    tl.atomic_add(out_ptr, tl.load(x_ptr + tl.program_id(0)))
 
 
 def test_bf16_casts_round_to_nearest_even() -> None:
@@ -53,6 +65,45 @@ def test_access_out_of_bounds_is_refused(read: int, written: int) -> None:
     with pytest.raises(InterpreterError, match="outside"):
         _copy_kernel[(1,)](memory[:read], memory[32 : 32 + written], 8, BLOCK_SIZE=8)
     _copy_kernel[(1,)](memory[:8], memory[32:40], 8, BLOCK_SIZE=8)
+
+
+def test_overlapping_writes_are_a_race() -> None:
+    x, out = torch.arange(64.0), torch.zeros(64)
+    with pytest.raises(InterpreterError, match=r"_shift_kernel: program \(1, 0, 0\): store of an element of another"):
+        _shift_kernel[(4,)](x, out, 7, BLOCK_SIZE=8)
+    _shift_kernel[(4,)](x, out, 8, BLOCK_SIZE=8)
+    assert torch.equal(out[:32], x[:32])
+
+
+@pytest.mark.parametrize("shift", [-8, 8], ids=["read what another wrote", "write what another read"])
+def test_reading_what_another_program_writes_is_a_race(shift: int) -> None:
+    """In place, whole blocks apart: no write meets a write."""
+    x = torch.arange(64.0)
+    with pytest.raises(InterpreterError, match="of an element of another program"):
+        _shift_kernel[(3,)](x[max(0, shift) :][:40], x[max(0, -shift) :][:40], 8, BLOCK_SIZE=8)
+    _shift_kernel[(3,)](x, x, 8, BLOCK_SIZE=8)
+
+
+def test_float_atomics_are_refused() -> None:
+    with pytest.raises(InterpreterError, match="atomics"):
+        _add_kernel[(4,)](torch.ones(4), torch.zeros(1))
+
+
+def test_bytes_are_counted_lane_by_lane() -> None:
+    x, out = torch.ones(50, dtype=torch.bfloat16), torch.empty(50)
+    with traffic() as launches:
+        _copy_kernel[(1,)](x, out, 50, BLOCK_SIZE=64)
+        _shift_kernel[(4,)](out, torch.empty(50), 8, BLOCK_SIZE=8)
+    assert launches == [Launch("_copy_kernel", 1, 100, 200), Launch("_shift_kernel", 4, 128, 128)]
+
+
+def test_only_the_selected_programs_run() -> None:
+    out = torch.zeros(32)
+    with only(lambda program: program[0] in (1, 3)):
+        _shift_kernel[(4,)](torch.ones(32), out, 8, BLOCK_SIZE=8)
+    assert out.view(4, 8).sum(1).tolist() == [0, 8, 0, 8]
+    with only(lambda program: program[0] == 1), pytest.raises(InterpreterError, match="outside"):
+        _shift_kernel[(2,)](torch.ones(32), out, 2**31 - 8, BLOCK_SIZE=8)
 
 
 def test_empty_memory_is_poisoned() -> None:

@@ -4,13 +4,17 @@ import math
 
 import pytest
 import torch
+from interpreter import only
 from reference import keyed_noise as oracle
+from sparse import FAR, far_rows
 from tolerances import TOLERANCES, assert_close
 
 from fastpref_kernels import PURPOSES, _dispatch, add_keyed_noise, derive_keys, keyed_noise, keyed_uniform_u32
+from fastpref_kernels._philox import _box_muller, _normals, _philox4x32
 from fastpref_kernels.cpu.keyed_noise import _box_muller as cpu_box_muller
+from fastpref_kernels.cpu.keyed_noise import normals as cpu_normals
 from fastpref_kernels.cpu.keyed_noise import philox4x32
-from fastpref_kernels.keyed_noise import _box_muller, _philox4x32
+from fastpref_kernels.keyed_noise import _BLOCK, _keyed_noise_kernel
 
 triton, tl, jit = _dispatch.triton, _dispatch.tl, _dispatch.jit
 
@@ -51,6 +55,12 @@ def _box_muller_kernel(radius_ptr, angle_ptr, cosine_ptr, sine_ptr, BLOCK_SIZE: 
     cosine, sine = _box_muller(radius, angle)
     tl.store(cosine_ptr + i, cosine)
     tl.store(sine_ptr + i, sine)
+
+
+@jit
+def _normals_kernel(keys_ptr, out_ptr, first, BLOCK_SIZE: tl.constexpr):
+    noise = _normals(tl.load(keys_ptr), first, BLOCK_SIZE)
+    tl.store(out_ptr + tl.arange(0, 4 * BLOCK_SIZE), noise)
 
 
 def test_philox_known_answers() -> None:
@@ -113,6 +123,34 @@ def test_paths_agree() -> None:
     with _dispatch.triton_on_cpu():
         interpreted = keyed_noise(keys, (4, 64, 64), torch.float32)
     assert (on_cpu - interpreted).abs().max() < 1e-6
+
+
+def test_paths_agree_on_every_octant() -> None:
+    """The kernel's polynomials against torch's sine and cosine, at 2^18 angles and at the ends of the octants."""
+    edges = (torch.arange(9)[:, None] * 2**29 + torch.arange(-400, 401)).clamp(0, 2**32 - 1).flatten()
+    angle = torch.cat([edges, torch.randint(0, 1 << 32, ((1 << 18) - edges.numel(),))])
+    radius = torch.randint(0, 1 << 32, angle.shape) >> torch.randint(0, 33, angle.shape)
+    expected = cpu_box_muller(radius, angle)
+    result = torch.empty_like(expected[0]), torch.empty_like(expected[1])
+    _box_muller_kernel[(1,)](radius, angle, *result, BLOCK_SIZE=1 << 18)
+    for kernel, on_cpu in zip(result, expected, strict=True):
+        assert (kernel - on_cpu).abs().max() < 1e-6
+
+
+def test_elements_past_two_to_the_31() -> None:
+    """The counter of a far element, and the address of a far row."""
+    keys, first = torch.tensor([0x299F31D0_A4093822]), (1 << 29) + 5
+    expected = cpu_normals(keys, first, 64)[0]
+    assert expected[-1].item() == pytest.approx(oracle.normal(int(keys), 4 * first + 255), abs=2e-6)
+    out = torch.empty(256)
+    _normals_kernel[(1,)](keys, out, first, BLOCK_SIZE=64)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+    rows, size = far_rows(torch.zeros(3, 4 * _BLOCK)), 4 * _BLOCK
+    n_chunks = -(-FAR // size)
+    with only(lambda program: program[0] == 2 * n_chunks):
+        _keyed_noise_kernel[(3 * n_chunks,)](keys.repeat(3), rows, FAR, n_chunks, BLOCK_SIZE=_BLOCK)
+    assert rows[:2].count_nonzero() == 0
+    torch.testing.assert_close(rows[2], cpu_normals(keys, 0, _BLOCK)[0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -193,6 +231,16 @@ def test_add_at_the_ends_of_the_schedule(path: str) -> None:
     x_t = add_keyed_noise(x0, keys, torch.tensor([0, 1]), torch.tensor([1.0, 0.0]))
     assert torch.equal(x_t[0], x0[0])
     torch.testing.assert_close(x_t[1], keyed_noise(keys, (4, 9, 11), torch.float32)[1], rtol=0, atol=0)
+
+
+def test_add_reads_strides_in_place_and_keeps_nan(path: str) -> None:
+    x0, keys, t = torch.randn(3, 12, 5, 7), torch.arange(3), torch.tensor([1, 400, 999])
+    x0[1, 2, 3, 4] = torch.nan
+    expected = add_keyed_noise(x0[:, ::2].contiguous(), keys, t, ALPHAS_CUMPROD)
+    for strided in (x0[:, ::2], x0[:, ::2].to(memory_format=torch.channels_last)):
+        x_t = add_keyed_noise(strided, keys, t, ALPHAS_CUMPROD)
+        torch.testing.assert_close(x_t, expected, rtol=0, atol=0, equal_nan=True)
+    assert expected.isnan().sum() == 1 and expected[1, 1, 3, 4].isnan()
 
 
 def test_add_row_does_not_depend_on_the_batch(path: str) -> None:

@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from ctypes import c_float
 
+import torch
+from torch import Tensor
+
 MASK = 0xFFFFFFFF
 
 
@@ -36,3 +39,16 @@ def normal(key: int, element: int) -> float:
     u, v = (uniform(word) for word in words[pair : pair + 2])
     radius = math.sqrt(-2 * math.log(u))
     return radius * (math.sin if element % 2 else math.cos)(2 * math.pi * v)
+
+
+def noise(keys: Tensor, shape: Sequence[int]) -> Tensor:
+    """(N, *shape) float64."""
+    elements = range(math.prod(shape))
+    rows = [[normal(key, e) for e in elements] for key in keys.tolist()]
+    return torch.tensor(rows, dtype=torch.float64).view(-1, *shape)
+
+
+def velocity(keys: Tensor, x0: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """sqrt(abar) * noise - sqrt(1 - abar) * x0 in float64."""
+    abar = alphas_cumprod.double()[timesteps].view(-1, *[1] * (x0.dim() - 1))
+    return abar.sqrt() * noise(keys, x0.shape[1:]) - (1 - abar).sqrt() * x0.double()

@@ -1,0 +1,161 @@
+"""GEGLU, the gated activation of the transformer blocks of SD1.5 and SDXL, with the exact GELU.
+
+    value, gate = hidden.chunk(2, -1)
+    out = value * gelu(gate),     gelu(g) = g * Phi(g),     Phi(g) = (1 + erf(g / sqrt 2)) / 2
+
+Shapes: hidden (..., 2C) -> (..., C). fp16, bf16, fp32 or fp64; computed in fp32 (fp64 for fp64) and rounded once.
+Phi is exp(-g^2/2) * R(|g|) on the negative side and one minus that on the positive side. R is Mills' ratio over
+sqrt(2 pi), as P((|g| - 3.5) / (|g| + 3.5)) / (|g| + 3.5) with P a minimax polynomial of degree 9 (relative error 7e-9
+where Phi(-|g|) is no subnormal). In fp32 Phi is within 2e-7 of the truth, and within 1e-6 of its own size down to
+g = -5, where the subtraction in 1 + erf has lost half of its digits; the same exp serves the backward.
+Bytes per element of out at 16 bits: forward 6 (two reads and one write), backward 10 (three reads and two writes);
+nothing is saved but the input.
+Source: Shazeer, GLU variants improve transformer, arXiv 2002.05202, section 2.
+"""
+
+# mypy: allow-incomplete-defs, allow-untyped-defs
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import check_floating, check_rows
+from ._dispatch import jit, tl, use_triton
+from .cpu import geglu as torch_path
+
+_BLOCKS = (128, 1024)  # columns of a program: the first that holds a row, or the last
+
+
+@jit
+def _phi(gate):
+    """(Phi(gate), density of the normal distribution at gate), fp32."""
+    x = tl.minimum(tl.abs(gate), 64.0)  # keeps infinity out of the ratio; exp(-x^2/2) is 0 long before
+    inverse = 1.0 / (x + 3.5)
+    t = (x - 3.5) * inverse
+    p = 1.1068940297121801e-04
+    p = p * t + 4.2189785065530153e-04
+    p = p * t - 4.949436831060109e-04
+    p = p * t - 3.1753108510523685e-03
+    p = p * t + 6.493115931795159e-03
+    p = p * t + 1.7406378480144192e-02
+    p = p * t - 1.1605304080475166e-01
+    p = p * t + 3.1542504871423716e-01
+    p = p * t - 5.655617451011059e-01
+    p = p * t + 7.444160741405188e-01
+    bell = tl.exp(-0.5 * gate * gate)
+    tail = bell * (p * inverse)
+    return tl.where(gate >= 0.0, 1.0 - tail, tail), bell * 0.3989422804014327
+
+
+@jit
+def _geglu_fwd_kernel(hidden_ptr, out_ptr, row_stride, n_columns, BLOCK_SIZE: tl.constexpr):
+    """A program per row and block of columns."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = column < n_columns
+    source = hidden_ptr + row * row_stride
+    value = tl.load(source + column, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(source + n_columns + column, mask=mask, other=0.0).to(tl.float32)
+    phi, _ = _phi(gate)
+    tl.store(out_ptr + row * n_columns + column, (value * (gate * phi)).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _geglu_bwd_kernel(grad_ptr, hidden_ptr, grad_hidden_ptr, row_stride, n_columns, BLOCK_SIZE: tl.constexpr):
+    """dvalue = grad * gelu(gate), dgate = grad * value * (Phi(gate) + gate * density(gate))."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = column < n_columns
+    source = hidden_ptr + row * row_stride
+    grad = tl.load(grad_ptr + row * n_columns + column, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(source + column, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(source + n_columns + column, mask=mask, other=0.0).to(tl.float32)
+    phi, density = _phi(gate)
+    place = grad_hidden_ptr + 2 * row * n_columns + column
+    dtype = grad_hidden_ptr.dtype.element_ty
+    tl.store(place, (grad * (gate * phi)).to(dtype), mask=mask)
+    tl.store(place + n_columns, (grad * value * (phi + gate * density)).to(dtype), mask=mask)
+
+
+def _block(n_columns: int) -> int:
+    return next((block for block in _BLOCKS if n_columns <= block), _BLOCKS[-1])
+
+
+def _grid(rows: int, n_columns: int) -> tuple[int, int]:
+    return rows, -(-n_columns // _block(n_columns))
+
+
+def _launch_forward(hidden: Tensor) -> Tensor:
+    n_columns = hidden.shape[-1] // 2
+    out = hidden.new_empty(*hidden.shape[:-1], n_columns)
+    if out.numel():
+        rows = out.numel() // n_columns
+        stride = check_rows("geglu", "hidden", hidden)
+        _geglu_fwd_kernel[_grid(rows, n_columns)](hidden, out, stride, n_columns, BLOCK_SIZE=_block(n_columns))
+    return out
+
+
+def _launch_backward(grad: Tensor, hidden: Tensor) -> Tensor:
+    grad = grad.contiguous()
+    n_columns = grad.shape[-1]
+    grad_hidden = hidden.new_empty(hidden.shape)
+    if grad.numel():
+        rows = grad.numel() // n_columns
+        stride = check_rows("geglu", "hidden", hidden)
+        _geglu_bwd_kernel[_grid(rows, n_columns)](
+            grad, hidden, grad_hidden, stride, n_columns, BLOCK_SIZE=_block(n_columns)
+        )
+    return grad_hidden
+
+
+@torch.library.custom_op("fastpref_kernels::geglu", mutates_args=(), schema="(Tensor hidden) -> Tensor")
+def _geglu(hidden: Tensor) -> Tensor:
+    return (_launch_forward if use_triton(hidden) else torch_path.forward)(hidden)
+
+
+@_geglu.register_fake
+def _(hidden):
+    return hidden.new_empty((*hidden.shape[:-1], hidden.shape[-1] // 2))
+
+
+@torch.library.custom_op(
+    "fastpref_kernels::geglu_backward", mutates_args=(), schema="(Tensor grad, Tensor hidden) -> Tensor"
+)
+def _geglu_backward(grad: Tensor, hidden: Tensor) -> Tensor:
+    return (_launch_backward if use_triton(hidden) else torch_path.backward)(grad, hidden)
+
+
+@_geglu_backward.register_fake
+def _(grad, hidden):
+    return hidden.new_empty(hidden.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _backward(ctx: Any, grad: Tensor) -> Tensor:
+    return _geglu_backward(grad, *ctx.saved_tensors)
+
+
+_geglu.register_autograd(_backward, setup_context=_setup_context)
+
+
+def geglu(hidden: Tensor) -> Tensor:
+    """`value * gelu(gate)` for `value, gate = hidden.chunk(2, -1)`, with the exact GELU, not the tanh one.
+
+    hidden: (..., 2C), fp16, bf16, fp32 or fp64. Rows must lie at equal distances, each dense; other strides are
+        refused. A gradient that is not contiguous is copied first.
+
+    Returns (..., C) in hidden's dtype, contiguous; empty for an empty batch; NaN where value or gate is. The gradient
+    is contiguous and in hidden's dtype.
+    Raises ValueError for a scalar, an odd or empty last dimension, a dtype that is not floating, and strides.
+    Source: Shazeer, arXiv 2002.05202, section 2.
+    """
+    check_floating("geglu", "hidden", hidden)
+    if hidden.dim() == 0 or hidden.shape[-1] == 0 or hidden.shape[-1] % 2:
+        raise ValueError(f"geglu: hidden must be (..., 2C), got shape {tuple(hidden.shape)}")
+    check_rows("geglu", "hidden", hidden)
+    return _geglu(hidden)

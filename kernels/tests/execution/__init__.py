@@ -1,0 +1,1 @@
+"""The kernels as compiled for an AMD GPU, executed on the CPU lane by lane."""

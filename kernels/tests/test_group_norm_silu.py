@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import importlib
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from reference import group_norm_silu as oracle
+from tolerances import TOLERANCES, assert_close
+
+from fastpref_kernels import group_norm_silu
+
+module = importlib.import_module("fastpref_kernels.group_norm_silu")  # the name in the package is the function
+
+# (input, groups): one position, odd sizes, groups across blocks of channels, more than one tile
+SHAPES = [((1, 2, 2), 1), ((3, 6, 7), 2), ((2, 9, 11, 7), 3), ((2, 70, 2, 3, 5), 7), ((1, 4, 19, 17), 4)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def loose(dtype: torch.dtype) -> float:
+    """Absolute tolerance in units of the table's: half gradients are sums of products that were rounded once, fp32 ones
+    lose what torch's E[x^2] - mean^2 for channels last loses."""
+    return 20.0 if dtype == torch.float32 else 40.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+def test_matches_oracle(path: str, shape: tuple[int, ...], groups: int, last: bool, dtype: torch.dtype) -> None:
+    x = (torch.randn(shape) + 0.5).to(dtype)
+    x = channels_last(x) if last else x
+    weight, bias = (torch.randn(shape[1]).to(dtype) for _ in range(2))
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    exact = [t.double().clone().requires_grad_() for t in (x, weight, bias)]
+    out = group_norm_silu(leaves[0], groups, leaves[1], leaves[2], 1e-5)
+    expected = oracle.group_norm_silu(exact[0], groups, exact[1], exact[2], 1e-5)
+    assert out.dtype == dtype and out.stride() == x.stride()
+    grad = torch.randn(shape).to(dtype)
+    out.backward(grad)
+    expected.backward(grad.double())
+    assert_close(out, expected, scale=loose(dtype))
+    size = expected.grad_fn is not None and float(max(e.grad.abs().max() for e in exact if e.grad is not None))
+    for leaf, truth in zip(leaves, exact, strict=True):
+        assert leaf.grad is not None and leaf.grad.dtype == dtype and leaf.grad.stride() == leaf.stride()
+        assert_close(leaf.grad, truth.grad, scale=loose(dtype) * max(1.0, size))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_the_same_values_as_torch(path: str, last: bool) -> None:
+    x, weight, bias = torch.randn(2, 8, 9, 8), torch.randn(8), torch.randn(8)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    functional = torch.nn.functional
+    for w, b in product((weight, None), (bias, None)):
+        expected = functional.silu(functional.group_norm(x, 4, w, b, 1e-6))
+        torch.testing.assert_close(group_norm_silu(x, 4, w, b, 1e-6), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_worked_by_hand(path: str) -> None:
+    x = torch.tensor([[[1.0, 3.0]]], requires_grad=True)  # mean 2, variance 1: xhat -1 and 1 without eps
+    out = group_norm_silu(x, 1, torch.tensor([2.0]), torch.tensor([1.0]), 0.0)
+    z = torch.tensor([[[-1.0, 3.0]]])
+    assert_close(out, (z * z.sigmoid()).double())
+    out.sum().backward()
+    assert x.grad is not None and x.grad.abs().max() < 1e-6  # two elements are always at -1 and 1
+
+
+def test_many_tiles_and_chunks(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,100 positions: five tiles of 256 make three chunks, the last of one tile that is not full."""
+    monkeypatch.setattr(module, "_MAX_CHUNKS", 4)
+    assert module._plan(False, 1100) == ("first", 2, 3)
+    x = torch.randn(1, 2, 1100, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    out, expected = group_norm_silu(x, 1), oracle.group_norm_silu(exact, 1, None, None, 1e-5)
+    assert_close(out, expected, scale=2.0)
+    grad = torch.randn(x.shape)
+    out.backward(grad)
+    expected.backward(grad.double())
+    assert x.grad is not None
+    assert_close(x.grad, exact.grad, scale=4.0)
+
+
+def test_a_large_mean_keeps_its_variance(path: str) -> None:
+    """E[x^2] - mean^2 in fp32 would be off by a fifth at a mean of a thousand standard deviations."""
+    x = torch.randn(1, 4, 8, 8) + 1000
+    difference = (group_norm_silu(x, 2).double() - oracle.group_norm_silu(x, 2, None, None, 1e-5)).abs().max()
+    assert difference < 1e-3
+
+
+def test_half_input_with_fp32_weights(path: str) -> None:
+    x = torch.randn(2, 6, 5, 7).bfloat16()
+    weight, bias = (torch.randn(6, requires_grad=True) for _ in range(2))
+    out = group_norm_silu(x, 3, weight, bias)
+    assert out.dtype == torch.bfloat16
+    assert_close(out, oracle.group_norm_silu(x, 3, weight, bias, 1e-5), scale=4.0)
+    out.float().sum().backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.float32
+    exact = weight.detach().double().requires_grad_()
+    oracle.group_norm_silu(x, 3, exact, bias.detach(), 1e-5).sum().backward()
+    assert_close(weight.grad, exact.grad, scale=20.0)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_a_part_of_a_larger_tensor_is_read_in_place(path: str, last: bool) -> None:
+    whole = torch.randn(3, 12, 5, 6)
+    whole = whole.to(memory_format=torch.channels_last) if last else whole
+    part = whole[1:, 4:10]
+    out = group_norm_silu(part, 2)
+    assert torch.equal(out, group_norm_silu(part.clone(memory_format=torch.preserve_format), 2))
+    assert out.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    leaf = part.detach().requires_grad_()
+    group_norm_silu(leaf, 2).sum().backward()  # an expanded gradient
+    exact = part.double().clone().requires_grad_()
+    oracle.group_norm_silu(exact, 2, None, None, 1e-5).sum().backward()
+    assert leaf.grad is not None
+    assert_close(leaf.grad, exact.grad, scale=10.0)
+
+
+def test_a_sample_does_not_depend_on_the_batch(path: str) -> None:
+    x = torch.randn(4, 6, 9, 9)
+    whole = group_norm_silu(x, 3)
+    assert torch.equal(group_norm_silu(x[2:3], 3), whole[2:3])
+
+
+def test_addresses_past_two_to_the_31(path: str, tmp_path: Path) -> None:
+    """Samples 2^31 + 64 elements apart, in a file that has a hole in between."""
+    distance = 2**31 + 64
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=distance + 32, dtype=torch.bfloat16)
+    x = memory.as_strided((2, 4, 8), (distance, 8, 1))
+    values = torch.randn(2, 4, 8).bfloat16()
+    x.copy_(values)
+    leaf = x.requires_grad_()
+    out = group_norm_silu(leaf, 2)
+    assert torch.equal(out, group_norm_silu(values, 2))
+    out.float().square().sum().backward()
+    dense = values.requires_grad_()
+    group_norm_silu(dense, 2).float().square().sum().backward()
+    assert leaf.grad is not None and dense.grad is not None and torch.equal(leaf.grad, dense.grad)
+
+
+def test_nan_stays_in_its_group(path: str) -> None:
+    x = torch.randn(2, 4, 3, 3)
+    x[0, 1, 2, 2] = torch.nan
+    out = group_norm_silu(x, 2)
+    assert out[0, :2].isnan().all() and not out[0, 2:].isnan().any() and not out[1].isnan().any()
+
+
+def test_empty_batch(path: str) -> None:
+    x = torch.zeros(0, 4, 3, 3, requires_grad=True)
+    weight, bias = (torch.ones(4, requires_grad=True) for _ in range(2))
+    out = group_norm_silu(x, 2, weight, bias)
+    out.sum().backward()
+    assert out.shape == x.shape and weight.grad is not None and weight.grad.tolist() == [0.0] * 4
+
+
+def test_frozen_weights_get_no_gradient(path: str) -> None:
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    weight, bias = torch.randn(4), torch.randn(4, requires_grad=True)
+    group_norm_silu(x, 2, weight, bias).sum().backward()
+    assert weight.grad is None and x.grad is not None and bias.grad is not None
+    exact = bias.detach().double().requires_grad_()
+    oracle.group_norm_silu(x.detach(), 2, weight, exact, 1e-5).sum().backward()
+    assert_close(bias.grad, exact.grad, scale=10.0)
+
+
+def test_gradcheck() -> None:
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 4, 3), 4, 4)]
+    assert torch.autograd.gradcheck(lambda x, w, b: group_norm_silu(x, 2, w, b), inputs)
+
+
+def test_half_types_are_rounded_once(path: str) -> None:
+    """No element is further from the truth than the table's tolerance for one rounding, tails of SiLU included."""
+    x = 4 * torch.randn(2, 4, 8, 8).half()
+    exact = oracle.group_norm_silu(x, 1, None, None, 1e-5)
+    absolute, relative = TOLERANCES[torch.float16]
+    assert ((group_norm_silu(x, 1).double() - exact).abs() <= 4 * absolute + relative * exact.abs()).all()
+
+
+X = torch.zeros(2, 4, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((X[0, 0], 1), "must be"),
+        ((X[:, :0], 1), "must be"),
+        ((X.int(), 1), "floating"),
+        ((X, 3), "num_groups"),
+        ((X, 0), "num_groups"),
+        ((X, 2, torch.ones(3)), "weight"),
+        ((X, 2, torch.ones(4), torch.ones(4).double()), "bias is"),
+        ((X, 2, torch.ones(4).half(), torch.ones(4).half()), "weight is"),
+        ((X, 2, torch.ones(4, device="meta"), torch.ones(4)), "on meta"),
+        ((X[..., ::2], 2), "strides"),
+        ((X.transpose(2, 3)[:, ::2], 2), "strides"),
+    ],
+)
+def test_errors_are_one_line(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        group_norm_silu(*arguments)
+    assert "\n" not in str(error.value)
