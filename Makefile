@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 MANIFESTS := pyproject.toml kernels/pyproject.toml constraints.txt
 
-.PHONY: quickstart test lint check clean
+.PHONY: help quickstart test lint compare bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   RPO on the bundled emoji world, report in runs/quickstart/report.html"
 	@echo "make test         lint, types and the whole test suite"
+	@echo "make compare      SFT, DPO and RPO from one base over three seeds: two to three hours, resumable"
+	@echo "make bench        the short set of benchmarks, 20 minutes"
 
 $(VENV)/bin/python:
 	@echo "== making $(VENV)"
@@ -41,6 +43,12 @@ lint: $(VENV)/.dev
 test: lint
 	@echo "== tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope
+
+compare: $(VENV)/.dev
+	@$(BIN)/python benchmarks/compare.py
+
+bench: $(VENV)/.dev
+	@$(BIN)/python benchmarks/compare.py --short
 
 clean:
 	rm -rf $(VENV) runs stores .pytest_cache .mypy_cache .ruff_cache

@@ -5,14 +5,11 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from fastpref.errors import UserError
-
-if TYPE_CHECKING:
-    from fastpref.config import Config
 
 app = typer.Typer(
     help="Align SDXL and SD1.5 with human preferences: SFT, Diffusion-DPO, Diffusion-RPO.",
@@ -23,6 +20,7 @@ app = typer.Typer(
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="recipe, e.g. configs/emoji_rpo.yaml")]
 Device = Literal["auto", "cpu", "cuda"]
+ImageFormat = Literal["png", "jpeg"]
 Layout = Literal["pipeline", "diffusers", "kohya"]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings over the recipe's")]
 
@@ -62,7 +60,13 @@ def train(
         return
     if not config:
         raise UserError("no CONFIG given", "fastpref train", "name a recipe, e.g. configs/emoji_rpo.yaml")
-    _run_training(load_config(config, overrides), dry_run)
+    from fastpref.runs import run_training
+    from fastpref.train.job import Stopped
+
+    try:
+        typer.echo(run_training(load_config(config, overrides), dry_run=dry_run))
+    except Stopped as stop:
+        raise typer.Exit(stop.exit_code) from None
 
 
 @app.command()
@@ -80,6 +84,7 @@ def sample(
     from fastpref.config import load_config
     from fastpref.data.records import read_captions
     from fastpref.evaluate.sample import run_sample
+    from fastpref.runs import lora_file
 
     settings = load_config(config, overrides)
     wanted = list(prompt or [])
@@ -87,35 +92,77 @@ def sample(
         wanted += read_captions(str(prompts), None)
     if not wanted:
         raise UserError("nothing to draw", "fastpref sample", "give --prompt TEXT or --prompts FILE")
-    written = run_sample(settings, wanted, list(range(seeds)), lora=_lora_file(lora), unet=unet, out_dir=out)
+    written = run_sample(settings, wanted, list(range(seeds)), lora=lora_file(lora), unet=unet, out_dir=out)
     typer.echo(f"{len(written)} pictures in {out}")
 
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run directory, e.g. runs/quickstart")],
+    run: Annotated[Path, typer.Argument(metavar="PATH", help="run directory, pipeline folder or folder of pictures")],
     overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="where the evaluation of a pipeline or of pictures goes")] = Path(
+        "evaluation"
+    ),
 ) -> None:
-    """Sample held-out prompts before and after, score them, and renew summary.json and report.html."""
-    from fastpref.atomic import write_json
-    from fastpref.evaluate.report import write_report
-    from fastpref.train.run_dir import read_json
+    """Measure style and content: of a run before and after, of any pipeline, or of pictures that are already there.
 
-    config = _config_of_run(run, overrides)
-    _trained(run)
-    summary = read_json(run / "summary.json")
-    evaluation = {tag: _evaluate(config, run, tag) for tag in ("before", "after")}
-    write_json(run / "evaluation.json", evaluation)
-    write_json(run / "summary.json", summary | {"evaluation": evaluation})
-    typer.echo(f"{write_report(run)}")
+    A run gets samples, summary.json and report.html renewed. For other styles than the bundled ones set
+    eval_target_images=FOLDER eval_base_images=FOLDER eval_clip=FOLDER and, to fit none, eval_style=FOLDER.
+    """
+    from fastpref.runs import evaluate_folder, evaluate_run
+
+    if (run / "config.yaml").is_file():
+        typer.echo(f"{evaluate_run(run, overrides)}")
+    else:
+        typer.echo("\n".join(evaluate_folder(run, overrides, out)))
+
+
+@app.command("make-pairs")
+def make_pairs(
+    config: Annotated[str, typer.Argument(metavar="[CONFIG]", help="recipe whose model draws; '' for defaults")] = "",
+    overrides: Overrides = None,
+    prompts: Annotated[Path | None, typer.Option(help="prompts from txt, json, jsonl or parquet")] = None,
+    style: Annotated[str, typer.Option(help="style words of the winner, or a template with {prompt}")] = "",
+    winners: Annotated[Path | None, typer.Option(help="instead: folder of pictures in the target style")] = None,
+    losers: Annotated[Path | None, typer.Option(help="and folder of pictures in the base style")] = None,
+    out: Annotated[Path, typer.Option(help="gets train/, heldout/ and contact_sheet.png")] = Path("pairs"),
+    seeds: Annotated[int, typer.Option(min=1, help="pairs per prompt")] = 1,
+    size: Annotated[int | None, typer.Option(help="pixels; default: the model's own")] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA file; a run directory means its LoRA")] = None,
+    heldout: Annotated[float, typer.Option(min=0, max=0.9, help="share of prompts kept for evaluation")] = 0.1,
+    shard_size: Annotated[int, typer.Option(min=1, help="pairs in a parquet file")] = 64,
+    image_format: Annotated[ImageFormat, typer.Option("--format", help="of drawn pictures")] = "png",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the pairs in OUT")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")] = False,
+) -> None:
+    """Make style pairs for prepare: winner drawn with the style words, loser without, same noise; or from two folders.
+
+    A killed run continues with the first missing shard. Then: records=OUT/train eval_records=OUT/heldout.
+    """
+    from fastpref.config import load_config
+    from fastpref.data.records import read_captions
+    from fastpref.evaluate.make_pairs import pairs_from_folders, pairs_from_prompts
+    from fastpref.runs import lora_file
+
+    settings = load_config(config, overrides)
+    options: dict[str, Any] = {"heldout": heldout, "shard_size": shard_size, "overwrite": overwrite, "dry_run": dry_run}
+    if winners is not None and losers is not None and prompts is None:
+        typer.echo(f"{pairs_from_folders(settings, winners, losers, out, **options)}")
+        return
+    if prompts is None or winners is not None or losers is not None:
+        todo = "give --prompts FILE and --style WORDS, or --winners FOLDER and --losers FOLDER"
+        raise UserError("nothing to make pairs of", "fastpref make-pairs", todo)
+    options |= {"seeds": seeds, "size": size, "lora": lora_file(lora), "image_format": image_format}
+    typer.echo(f"{pairs_from_prompts(settings, read_captions(str(prompts)), style, out, **options)}")
 
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="run directory, e.g. runs/quickstart")]) -> None:
     """Write RUN/report.html from what the run left there."""
     from fastpref.evaluate.report import write_report
+    from fastpref.runs import config_of_run
 
-    _config_of_run(run, None)
+    config_of_run(run)
     typer.echo(f"{write_report(run)}")
 
 
@@ -178,85 +225,6 @@ def _fail(line: str, debug: bool) -> None:
         traceback.print_exc()
     sys.stderr.write(f"error: {' '.join(line.split())}\n")
     sys.exit(2)
-
-
-def _run_training(config: Config, dry_run: bool) -> None:
-    from fastpref.atomic import write_json
-    from fastpref.train.job import Stopped, TrainJob
-    from fastpref.train.run_dir import check_run_dir, open_run_dir
-
-    resuming = check_run_dir(config)
-    earlier, evaluation = _earlier(config) if resuming else ({}, {})
-    job = TrainJob.open(config)
-    if dry_run:
-        typer.echo(f"ok: {config.method}, {len(job.store)} pairs, {config.steps} steps of {config.batch_size} pairs")
-        return
-    run_dir = open_run_dir(config, resuming)
-    if config.evaluate and "before" not in evaluation:
-        evaluation["before"] = _evaluate(config, run_dir, "before")
-        write_json(run_dir / "evaluation.json", evaluation)
-    try:
-        summary = job.run(run_dir)
-    except Stopped as stop:
-        raise typer.Exit(stop.exit_code) from None
-    job.seconds_before = max(job.seconds_before, earlier.get("seconds_total") or 0.0)
-    if config.evaluate and ("after" not in evaluation or earlier.get("steps") != config.steps):
-        evaluation["after"] = _evaluate(config, run_dir, "after")
-        write_json(run_dir / "evaluation.json", evaluation)
-    summary = {**summary, "seconds_total": job.seconds_total(), "evaluation": evaluation or None}
-    write_json(run_dir / "summary.json", summary)
-    if config.evaluate:
-        from fastpref.evaluate.report import write_report
-
-        write_report(run_dir)
-    typer.echo(_closing_line(run_dir, summary))
-
-
-def _earlier(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """summary.json and evaluation.json of the run that is resumed; what was measured in another way does not count."""
-    from fastpref.config import load_config
-    from fastpref.train.run_dir import EVALUATION_KEYS, read_json
-
-    summary, evaluation = (read_json(config.run_dir / name) for name in ("summary.json", "evaluation.json"))
-    before = load_config(config.run_dir / "config.yaml")
-    same = all(getattr(before, key) == getattr(config, key) for key in EVALUATION_KEYS)
-    return summary, evaluation if same else {}
-
-
-def _closing_line(run_dir: Path, summary: dict[str, Any]) -> str:
-    cost = f"{summary['seconds_total']:.0f} s, {summary['peak_rss_bytes'] / 1e9:.1f} GB"
-    line = f"{run_dir}: {summary['steps']} steps of {summary['method']} in {summary['seconds_train']:.0f} s; all {cost}"
-    evaluation = summary["evaluation"] or {}
-    shares = [evaluation.get(tag, {}).get("style_share") for tag in ("before", "after")]
-    if None not in shares:
-        line += f"; style_share {shares[0]:.2f} -> {shares[1]:.2f}; see {run_dir}/report.html"
-    return line
-
-
-def _evaluate(config: Config, run_dir: Path, tag: str) -> dict[str, Any]:
-    from fastpref.evaluate.runner import evaluate_policy
-
-    lora, unet = _trained(run_dir) if tag == "after" else (None, None)
-    return evaluate_policy(config, lora=lora, unet=unet, out_dir=run_dir, tag=tag, progress=True)
-
-
-def _trained(run_dir: Path) -> tuple[Path | None, Path | None]:
-    lora, unet = run_dir / "pytorch_lora_weights.safetensors", run_dir / "unet"
-    if not lora.exists() and not unet.exists():
-        raise UserError("no trained weights there", str(run_dir), "finish the training first (resume=auto)")
-    return (lora, None) if lora.exists() else (None, unet)
-
-
-def _lora_file(path: Path | None) -> Path | None:
-    return path / "pytorch_lora_weights.safetensors" if path is not None and path.is_dir() else path
-
-
-def _config_of_run(run: Path, overrides: list[str] | None) -> Config:
-    from fastpref.config import load_config
-
-    if not (run / "config.yaml").is_file():
-        raise UserError("not a run directory", str(run), "give a folder that fastpref train wrote")
-    return load_config(run / "config.yaml", overrides)
 
 
 def _print_keys() -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fastpref.errors import UserError
 
-Method = Literal["sft", "dpo", "rpo"]
+Method = Literal["sft", "dpo", "rpo", "spm"]
 MAX_DEFAULT_GROUP = 64
 
 
@@ -26,7 +26,7 @@ class Config(BaseModel):
 
     # What to run
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run directory below output_dir")
-    method: Method = Field("rpo", description="objective: sft, dpo or rpo")
+    method: Method = Field("rpo", description="sft, dpo, rpo, or spm: the step-aware preference model")
     model: str = Field("emoji", description="diffusers pipeline folder (SDXL or SD1.5), or 'emoji' for the bundled one")
     unet: str | None = Field(None, description="start from this UNet folder or .safetensors instead of model/unet")
     init_lora: str | None = Field(None, description="start from this LoRA file; the reference is that start")
@@ -66,12 +66,24 @@ class Config(BaseModel):
     sampling: Literal["random", "related"] = Field("random", description="what fills a group: any, or related prompts")
     safeguard: float | None = Field(None, gt=0, le=1, description="Diffusion-SDPO's mu: scales the loser's gradient")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="DPO: assumed share of wrong labels")
+    label_noise: float = Field(
+        0.0, ge=0, le=1, description="share of pairs whose winner and loser are exchanged, for experiments"
+    )
     sft_weight: float = Field(0.0, ge=0, description="weight of an SFT term on the winners, added to DPO or RPO")
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of pairs trained with the empty prompt")
     timestep_range: tuple[int, int] | None = Field(None, description="draw timesteps from [low, high); default: all")
+    relabel: float | None = Field(
+        None, ge=0, lt=1, description="spm: label by the CLIP's own scores of the real pictures, |p_w - p_l| <= it ties"
+    )
     reference: Literal["auto", "adapter", "copy"] = Field(
         "auto", description="reference model: the adapter switched off (LoRA) or a frozen copy (full)"
     )
+
+    # Preference model
+    scorer: str | None = Field(
+        None, description="preference model: CLIP folder, folder written by spm, or published .bin; default: clip"
+    )
+    decode_batch_size: int = Field(16, ge=1, description="latents per VAE decode")
 
     # Trained weights and optimizer
     train: Literal["lora", "full"] = Field("lora", description="what is trained")
@@ -109,17 +121,30 @@ class Config(BaseModel):
     posterior: bool = Field(False, description="store the VAE posterior's std and sample it in training")
     flips: bool = Field(False, description="store mirrored latents too and flip half the draws")
     vae_precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto never overflows")
-    clip: str | None = Field(None, description="CLIP folder for RPO's embeddings; 'emoji' is bundled")
+    clip: str | None = Field(None, description="CLIP folder for RPO's embeddings and for spm; 'emoji' is bundled")
     max_reject_share: float = Field(0.05, ge=0, le=1, description="prepare fails above this share of bad records")
     shard_size: int = Field(1024, ge=1, description="rows in a shard of the store")
     prepare_batch_size: int = Field(16, ge=1, description="images or captions per encoder call")
     max_image_pixels: int = Field(64_000_000, ge=1024, description="larger images are rejected as decompression bombs")
 
     # Sampling and evaluation
-    guidance_scale: float = Field(5.0, ge=1, description="classifier-free guidance when sampling")
+    guidance_scale: float = Field(
+        5.0, ge=1, description="classifier-free guidance when sampling; spm: of the one-step prediction"
+    )
     sample_steps: int = Field(20, ge=1, le=1000, description="denoising steps when sampling (DDIM)")
     eval_records: str = Field("emoji", description="held-out records whose captions are sampled; 'emoji' is bundled")
+    eval_target_images: str | None = Field(
+        None, description="folder of real pictures in the target style, NAME.txt or metadata.jsonl beside them"
+    )
+    eval_base_images: str | None = Field(None, description="folder of real pictures in the base style, same captions")
+    eval_style: str | None = Field(
+        None, description="style encoder folder; 'fit' trains one on half of the real pictures (default for folders)"
+    )
+    eval_clip: str | None = Field(None, description="CLIP folder for prompt_retrieval; default: clip")
     eval_prompts: int = Field(32, ge=1, description="held-out prompts sampled by evaluate")
+    eval_timesteps: list[int] = Field(
+        [0, 251, 501, 701, 951], min_length=1, description="spm: timesteps of the held-out pair accuracy; 0: as it is"
+    )
     eval_seeds: int = Field(2, ge=1, description="seeds per prompt")
     eval_batch_size: int = Field(32, ge=1, description="pictures per sampling batch")
 
@@ -134,11 +159,27 @@ class Config(BaseModel):
             raise ValueError(f"timestep_range is {list(self.timestep_range)}, must be [low, high) with 0 <= low < high")
         if self.safeguard is not None and self.method == "sft":
             raise ValueError("safeguard is set with method sft, which has no losers: remove it")
+        if (self.eval_target_images is None) != (self.eval_base_images is None):
+            lacking = "eval_target_images" if self.eval_target_images is None else "eval_base_images"
+            raise ValueError(f"{lacking} is not set: evaluation needs a folder of either style")
         if self.init_lora is not None and self.train == "full":
             raise ValueError("init_lora is set with train full, which trains no LoRA: export it merged and set unet")
         if self.reference == "adapter" and self.train == "full":
             raise ValueError("reference is adapter with train full, which has no adapter: use copy")
+        if self.method == "spm":
+            self._check_preference_model()
         return self
+
+    def _check_preference_model(self) -> None:
+        if self.train != "full":
+            raise ValueError("method spm trains all weights of the preference model: set train=full")
+        for key in ("safeguard", "sft_weight", "caption_dropout"):
+            if getattr(self, key):
+                raise ValueError(f"{key} is set with method spm, which has no use for it: remove it")
+        if self.relabel is not None and self.label_noise:
+            raise ValueError("label_noise is set with relabel, which passes over the records' labels: remove one")
+        if min(self.eval_timesteps) < 0:
+            raise ValueError(f"eval_timesteps has {min(self.eval_timesteps)}, must be >= 0")
 
     @property
     def micro_batch(self) -> int:

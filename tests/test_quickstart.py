@@ -21,8 +21,8 @@ RECIPE = Path(__file__).parent.parent / "configs" / "emoji_rpo.yaml"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, few_records: Path) -> tuple[Path, Config]:
     """A finished run of four steps on 40 pairs."""
-    from fastpref.cli import _run_training
     from fastpref.data.prepare import prepare
+    from fastpref.runs import run_training
 
     folder = tmp_path_factory.mktemp("quickstart")
     config = load_config(
@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, few_records: Path) -> tuple[Pa
         ],
     )
     prepare(config, progress=False)
-    _run_training(config, dry_run=False)
+    run_training(config)
     return config.run_dir, config
 
 

@@ -206,6 +206,10 @@ class Store:
         """The captions of the pairs at ``indices``."""
         return self._captions.take(pa.array(self._caption[np.asarray(indices, dtype=np.int64)])).to_pylist()
 
+    def pairs_per_caption(self, indices: ArrayLike) -> np.ndarray:
+        """(n,) how many pairs of the store have the caption of each of the pairs at ``indices``."""
+        return np.bincount(self._caption)[self._caption[np.asarray(indices, dtype=np.int64)]]
+
     def _check(self, at: np.ndarray, mirrored: np.ndarray) -> None:
         if not len(at) or at.min() < 0 or at.max() >= len(self):
             raise ValueError(f"indices must be in [0, {len(self)}) and not empty")

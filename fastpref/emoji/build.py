@@ -1,8 +1,9 @@
 """Train the bundled models from the bundled parquet: ``python -m fastpref.emoji.build [STAGE|all] [--resume]``.
 
-Stages, in order: vae, clip, style, unet (with the text encoders), card. Only ``train.parquet`` is learned from; the
-held-out pictures are read to state accuracies. Checkpoints and logs go to ``runs/emoji-build`` and ``--resume``
-continues from them; what is finished is exported to the folders named in ``fastpref.emoji``.
+Stages, in order: vae, clip, style, unet (with the text encoders), refine (a second cycle of the same), card. Only
+``train.parquet`` is learned from; the held-out pictures are read to state accuracies. Checkpoints and logs go to
+``runs/emoji-build`` and ``--resume`` continues from them; what is finished is exported to the folders named in
+``fastpref.emoji``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fastpref.emoji import HELDOUT_PARQUET, TRAIN_PARQUET
 from fastpref.emoji.records import read_records
 from fastpref.emoji.training import THREADS, FitResult, Workspace
 
-STAGES = ("vae", "clip", "style", "unet", "card")
+STAGES = ("vae", "clip", "style", "unet", "refine", "card")
 
 
 def record_result(work: Workspace, stage: str, result: FitResult) -> None:
@@ -51,6 +52,10 @@ def run_stage(stage: str, work: Workspace) -> None:
         from fastpref.emoji.pipeline import build_pipeline
 
         result = build_pipeline(train, work)
+    elif stage == "refine":
+        from fastpref.emoji.pipeline import refine_pipeline
+
+        result = refine_pipeline(train, work)
     else:
         from fastpref.emoji.card import write_card
 

@@ -22,7 +22,7 @@ from fastpref.emoji.records import EmojiImages
 from fastpref.emoji.style import load_style_encoder
 from fastpref.emoji.training import Workspace, to_tensor
 
-GUIDANCE_SCALES = (1.5, 3.0, 5.0, 7.5)
+GUIDANCE_SCALES = (1.5, 3.0, 5.0)
 PAGE_GUIDANCE, SAMPLE_STEPS = 3.0, 25
 CAPTIONS, SEEDS, PAGE_SEEDS = 32, 4, 4
 CARD, PAGE = EMOJI_DIR / "MODEL_CARD.md", EMOJI_DIR / "model_card_samples.png"
@@ -74,9 +74,14 @@ def spread(captions: list[str], count: int) -> list[int]:
     return np.linspace(0, len(captions) - 1, count).round().astype(int).tolist()
 
 
-def measure(pipeline: StableDiffusionXLPipeline, splits: dict[str, EmojiImages]) -> list[dict[str, Any]]:
-    """One row a split and guidance scale: share of line art, top-1 and top-5 retrieval, and those of real pictures."""
-    judges, rows = Judges(), []
+def measure(
+    pipeline: StableDiffusionXLPipeline, splits: dict[str, EmojiImages]
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """One row a split and guidance scale: share of line art, top-1 and top-5 retrieval, and those of real pictures.
+
+    Also each split's pictures (captions, seeds, 32, 32, 3) at ``PAGE_GUIDANCE``.
+    """
+    judges, rows, page = Judges(), [], {}
     for split, world in splits.items():
         chosen = spread(world.captions, CAPTIONS)
         truth = torch.tensor(chosen)
@@ -85,14 +90,16 @@ def measure(pipeline: StableDiffusionXLPipeline, splits: dict[str, EmojiImages])
         rows.append({"split": split, "guidance": "real", "line": 0.5, "top1": top1, "top5": top5})
         for guidance in GUIDANCE_SCALES:
             drawn = sample(pipeline, [world.captions[i] for i in chosen], SEEDS, guidance)
+            if guidance == PAGE_GUIDANCE:
+                page[split] = drawn
             images = to_tensor(drawn.reshape(-1, *drawn.shape[2:]))
             top1, top5 = judges.retrieval(world.captions, images, truth.repeat_interleave(SEEDS))
             share = judges.line_share(images)
             rows.append({"split": split, "guidance": guidance, "line": share, "top1": top1, "top5": top5})
-    return rows
+    return rows, page
 
 
-def draw_page(pipeline: StableDiffusionXLPipeline, splits: dict[str, EmojiImages], path: Path) -> None:
+def draw_page(pictures: dict[str, np.ndarray], splits: dict[str, EmojiImages], path: Path) -> None:
     """Captions, both real pictures, and samples of ``PAGE_SEEDS`` seeds: training captions left, held-out right."""
     zoom, label, gap = 64, 190, 4
     block = label + (2 + PAGE_SEEDS) * (zoom + gap) + 16
@@ -102,7 +109,7 @@ def draw_page(pipeline: StableDiffusionXLPipeline, splits: dict[str, EmojiImages
         left = column * block + 8
         draw.text((left, 6), f"{split} captions: both real pictures, then samples of seeds 0-{PAGE_SEEDS - 1}", "black")
         chosen = spread(world.captions, CAPTIONS)
-        drawn = sample(pipeline, [world.captions[i] for i in chosen], PAGE_SEEDS, PAGE_GUIDANCE)
+        drawn = pictures[split][:, :PAGE_SEEDS]
         for row, i in enumerate(chosen):
             top = 24 + row * (zoom + gap)
             draw.text((left, top + 26), world.captions[i][:32], "black")
@@ -130,7 +137,10 @@ def card_text(results: dict[str, Any], rows: list[dict[str, Any]], splits: dict[
         "captions. No caption names a style. They exist to try and test preference alignment on a laptop,",
         "not to draw emoji well.",
         "",
-        f"Rebuild: `python -m fastpref.emoji.build all --seed {seed}` (two CPU threads, fp32).",
+        f"Rebuild: `python -m fastpref.emoji.build all --seed {seed}` (two CPU threads; fp32, the stage refine in bf16",
+        "autocast). The bundled weights were made on a shared machine, whose minutes these are. The lengths of vae and",
+        "unet were cut while they ran, and refine got more flat colour from step 3000 on after a look at it, so a",
+        "fresh build ends with other weights of the same kind.",
         "",
         "| stage | steps | minutes | figures (mean over the last tenth of the log, or after training) |",
         "| --- | --- | --- | --- |",
@@ -163,8 +173,8 @@ def write_card(train: EmojiImages, heldout: EmojiImages, work: Workspace) -> Non
     pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL_DIR)
     pipeline.set_progress_bar_config(disable=True)
     splits = {"training": train, "held-out": heldout}
-    rows = measure(pipeline, splits)
-    draw_page(pipeline, splits, PAGE)
+    rows, pictures = measure(pipeline, splits)
+    draw_page(pictures, splits, PAGE)
     results = json.loads(work.file("results.json").read_text())
     temporary = CARD.with_suffix(".tmp")
     temporary.write_text(card_text(results, rows, splits, work.seed), encoding="utf-8")

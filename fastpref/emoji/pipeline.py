@@ -13,7 +13,15 @@ from transformers import CLIPTokenizer
 from fastpref.emoji import MODEL_DIR
 from fastpref.emoji.records import EmojiImages
 from fastpref.emoji.tokenizer import save_tokenizer_files, train_tokenizer
-from fastpref.emoji.training import Fit, FitResult, FitSettings, Workspace, declare_float32, to_tensor
+from fastpref.emoji.training import (
+    Fit,
+    FitResult,
+    FitSettings,
+    Workspace,
+    declare_float32,
+    load_finished,
+    to_tensor,
+)
 from fastpref.emoji.unet import LatentWorld, TextToLatents, new_scheduler
 from fastpref.emoji.vae import encode_mean, finished_vae
 
@@ -21,6 +29,12 @@ BATCH = 32
 SETTINGS = FitSettings(
     "unet", steps=4000, learning_rate=7e-4, warmup=150, weight_decay=0.01, betas=(0.9, 0.99), ema_decay=0.998
 )
+REFINE = FitSettings(
+    "refine", steps=6500, learning_rate=6e-4, warmup=200, weight_decay=0.01, betas=(0.9, 0.99), ema_decay=0.998
+)
+# (Until this step, this share of flat colour.) Trained on equal parts the model draws line art, the simpler style, in
+# two thirds of its pictures of held-out captions.
+REFINE_FLAT_SHARE = ((3000, 0.58), (REFINE.steps, 0.68))
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -84,4 +98,21 @@ def build_pipeline(images: EmojiImages, work: Workspace) -> FitResult:
 
     result = Fit(model, SETTINGS, work).run(lambda _, generator: world.loss(model, BATCH, generator), export)
     export()
+    return result
+
+
+def refine_pipeline(images: EmojiImages, work: Workspace) -> FitResult:
+    """A second, longer cycle from the averaged weights of the first, in bf16 autocast and with the styles balanced."""
+    vae, tokenizer = finished_vae(work), train_tokenizer(images.captions)
+    world = latent_world(images, vae, tokenizer)
+    model = TextToLatents(tokenizer, work.seed)
+    load_finished(model, SETTINGS, work)
+
+    def loss(step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        flat_share = next(share for end, share in REFINE_FLAT_SHARE if step < end)
+        with torch.autocast("cpu", torch.bfloat16):
+            return world.loss(model, BATCH, generator, flat_share=flat_share)
+
+    result = Fit(model, REFINE, work).run(loss)
+    export_pipeline(model, vae, tokenizer, MODEL_DIR)
     return result

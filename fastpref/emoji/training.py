@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpref.errors import UserError
+
 THREADS = 2
 LossFunction = Callable[[int, torch.Generator], dict[str, Tensor]]  # must hold the key "loss"
 
@@ -171,6 +173,23 @@ class Fit:
         print(
             f"{self.settings.stage} {self.step}/{self.settings.steps} {values} · {left / 60:.1f} min left", flush=True
         )
+
+
+def load_finished(model: nn.Module, settings: FitSettings, work: Workspace) -> None:
+    """Load the weights, averaged if they were averaged, that a finished stage left in the workspace.
+
+    Raises:
+        UserError: the stage has not run to its end.
+    """
+    checkpoint = work.file(f"{settings.stage}.pt")
+    state: dict[str, Any] = torch.load(checkpoint, weights_only=True) if checkpoint.is_file() else {"step": 0}
+    if state["step"] < settings.steps:
+        todo = f"run python -m fastpref.emoji.build {settings.stage} --resume first"
+        raise UserError(f"stage {settings.stage} is at step {state['step']} of {settings.steps}", str(checkpoint), todo)
+    model.load_state_dict(state["model"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter, average in zip(trained, state["average"], strict=bool(state["average"])):
+        parameter.data.copy_(average)
 
 
 def declare_float32(config_file: Path) -> None:

@@ -93,11 +93,17 @@ class LatentWorld:
     empty_ids: Tensor
     alphas_cumprod: Tensor
 
-    def loss(self, model: TextToLatents, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Min-SNR-weighted epsilon loss (Hang et al. 2023, gamma 5) on captions drawn with a style by coin each."""
+    def loss(
+        self, model: TextToLatents, batch: int, generator: torch.Generator, *, flat_share: float = 0.5
+    ) -> dict[str, Tensor]:
+        """Min-SNR-weighted epsilon loss (Hang et al. 2023, gamma 5) on captions drawn with a style by coin each.
+
+        Args:
+            flat_share: probability of flat colour.
+        """
         _, captions, *shape = self.latents.shape
         index = torch.randint(captions, (batch,), generator=generator)
-        clean = self.latents[torch.randint(2, (batch,), generator=generator), index]
+        clean = self.latents[(torch.rand(batch, generator=generator) >= flat_share).long(), index]
         dropped = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
         input_ids = torch.where(dropped[:, None], self.empty_ids, self.input_ids[index])
         # One timestep in each of ``batch`` equal slices of the schedule: less variance at the same law.
@@ -106,6 +112,6 @@ class LatentWorld:
         noise = torch.randn((batch, *shape), generator=generator)
         abar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy = abar.sqrt() * clean + (1 - abar).sqrt() * noise
-        mse = (model(noisy, timesteps, input_ids) - noise).pow(2).mean((1, 2, 3))
+        mse = (model(noisy, timesteps, input_ids).float() - noise).pow(2).mean((1, 2, 3))
         snr = (abar / (1 - abar)).flatten()
         return {"loss": (mse * snr.clamp_max(SNR_GAMMA) / snr).mean(), "mse": mse.detach().mean()}

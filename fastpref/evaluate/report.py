@@ -23,7 +23,7 @@ from fastpref.errors import UserError
 from fastpref.evaluate.charts import Chart, Series, draw
 from fastpref.evaluate.runner import paired_pictures
 from fastpref.evaluate.sheets import MAX_TILE
-from fastpref.evaluate.words import duration, headline, metric_rows, notes, subtitle
+from fastpref.evaluate.words import accuracy_rows, duration, headline, metric_rows, notes, subtitle
 
 _SHOWN = 16  # prompts shown at once; the others unfold
 _PIXEL_ART = 64  # pictures up to this size are enlarged with hard edges
@@ -62,6 +62,7 @@ def write_report(run_dir: Path) -> Path:
         shown=cards[:_SHOWN],
         folded=cards[_SHOWN:],
         rows=metric_rows(before, after),
+        accuracies=accuracy_rows(before, after),
         left_out=_left_out(before) or _left_out(after),
         details=after.get("details") or before.get("details") or {},
         charts=[(chart, Markup(chart.svg)) for chart in _charts(config, metrics)],  # drawn here, labels escaped there

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from PIL import Image
 
 from fastpref.atomic import check_writable
 from fastpref.config import Config
-from fastpref.data.images import ImageError, load_rgb, to_bucket
-from fastpref.data.records import Record, read_captions, read_records
+from fastpref.data.images import to_bucket
 from fastpref.errors import UserError
+from fastpref.evaluate.folders import CaptionedFile, read_folder
+from fastpref.evaluate.judges import Judges, find_judges
+from fastpref.evaluate.reals import Reals, open_reals
 from fastpref.evaluate.sample import (
     Picture,
     Work,
@@ -56,8 +58,8 @@ def evaluate_policy(
         lora: trained LoRA file; unet: trained UNet folder; neither: the model as training starts from it.
         out_dir: the run directory.
         tag: ``before`` or ``after``.
-        style_dir: style encoder; clip_dir: CLIP. By default the bundled ones where they apply: the evaluation records
-            are the bundled emoji and the model draws pictures of their size.
+        style_dir: style encoder; clip_dir: CLIP; in place of the config's. See
+            :func:`fastpref.evaluate.judges.find_judges`.
 
     Returns:
         ``style_share, style_distance, prompt_retrieval: {top1, top5}`` (see :mod:`fastpref.evaluate.style`) and
@@ -65,7 +67,9 @@ def evaluate_policy(
     """
     samples = out_dir / "samples"
     check_writable(samples)
-    prompts = choose_prompts(read_captions(config.eval_records), config.eval_prompts)
+    reals = open_reals(config)
+    judges = find_judges(config, reals, out_dir, style_dir=style_dir, clip_dir=clip_dir)
+    prompts = choose_prompts(judges.unseen(reals.captions), config.eval_prompts)
     seeds = list(range(config.eval_seeds))
     work, began = Work(), time.perf_counter()
     pipeline: Any = load_policy_pipeline(config, lora=lora, unet=unet)
@@ -84,15 +88,42 @@ def evaluate_policy(
     seconds = time.perf_counter() - began
     _save(pictures, samples, tag)
     write_before_after(samples)
-    encoders = _encoders(config, pictures[0].image.size, style_dir, clip_dir)
-    if isinstance(encoders, str):
-        result: dict[str, Any] = dict.fromkeys(METRICS)
-        details = {"left_out": dict.fromkeys(METRICS, encoders), "pictures": len(pictures), "prompts": len(prompts)}
-    else:
-        result = _measure(config, pictures, *encoders)
-        details = result.pop("details")
+    result = _judge(config, pictures, reals, judges)
+    details = result.pop("details")
     sampling = {"guidance_scale": config.guidance_scale, "sample_steps": config.sample_steps, "seeds": seeds}
     return {**result, "details": {**details, **sampling, "seconds_sampling": seconds, "work": asdict(work)}}
+
+
+def evaluate_pictures(config: Config, folder: Path, *, out_dir: Path) -> dict[str, Any]:
+    """Measure pictures that are already there: captioned as :mod:`fastpref.evaluate.folders` reads them, or with the
+    ``index.json`` that ``fastpref evaluate`` writes. Writes nothing but a fitted style encoder, in ``out_dir``.
+
+    Returns:
+        As :func:`evaluate_policy`; ``details.left_out_pictures`` counts those whose caption the style encoder was
+        fitted on.
+
+    Raises:
+        UserError: no pictures, a picture without a caption, a caption without real images, or encoders are missing.
+    """
+    index = read_index(folder)
+    files = [CaptionedFile(folder, file.name, prompt) for (prompt, _), file in index.items()] or read_folder(folder)
+    reals = open_reals(config)
+    known = set(reals.captions)
+    strange = [file for file in files if file.caption not in known]
+    if strange:
+        what = f"{len(strange)} of {len(files)} pictures have a caption without real images, e.g. {strange[0].name}"
+        raise UserError(what, f"'{strange[0].caption[:60]}'", "captions must be those of the real images")
+    judges = find_judges(config, reals, out_dir)
+    wanted = set(judges.unseen(reals.captions))
+    chosen = [file for file in files if file.caption in wanted]
+    if not chosen:
+        todo = "give eval_style, or pictures of more captions"
+        raise UserError("the style encoder was fitted on every caption of the pictures", str(folder), todo)
+    size = chosen[0].load(config.max_image_pixels).size
+    pictures = [Picture(f.caption, 0, to_bucket(f.load(config.max_image_pixels), size)) for f in chosen]
+    result = _judge(config, pictures, reals, judges)
+    result["details"]["left_out_pictures"] = len(files) - len(chosen)
+    return result
 
 
 def choose_prompts(captions: Sequence[str], count: int) -> list[str]:
@@ -148,54 +179,27 @@ def _save(pictures: Sequence[Picture], samples: Path, tag: str) -> None:
     save_png(contact_sheet(by_prompt(pictures), captions), samples / f"{tag}.png")
 
 
-def _encoders(
-    config: Config, size: tuple[int, int], style_dir: Path | None, clip_dir: Path | None
-) -> tuple[Path, Path] | str:
-    """Folders of the style encoder and the CLIP, or why there are none."""
-    if style_dir is None and config.eval_records == "emoji":
-        from fastpref.emoji import CLIP_DIR, IMAGE_SIZE, STYLE_DIR
-
-        if size == (IMAGE_SIZE, IMAGE_SIZE):
-            return STYLE_DIR, clip_dir or CLIP_DIR
-        return (
-            f"the bundled style encoder sees {IMAGE_SIZE} x {IMAGE_SIZE} pixels, the model draws {size[0]} x {size[1]}"
-        )
-    if style_dir is None:
-        return "no style encoder given for these evaluation records"
-    if clip_dir is None and config.clip is not None:
-        from fastpref.models.similarity import resolve_clip_dir
-
-        clip_dir = resolve_clip_dir(config.clip)
-    return (style_dir, clip_dir) if clip_dir is not None else "no CLIP folder given"
-
-
-def _measure(config: Config, pictures: Sequence[Picture], style_dir: Path, clip_dir: Path) -> dict[str, Any]:
-    from fastpref.emoji.style import load_style_encoder
+def _judge(config: Config, pictures: Sequence[Picture], reals: Reals, judges: Judges) -> dict[str, Any]:
+    """The measures of the pictures, or why there are none."""
+    from fastpref.emoji import style as style_encoder
     from fastpref.models.similarity import load_clip
 
-    style, clip = load_style_encoder(style_dir), load_clip(clip_dir, resolve_device(config.device))
-    size = pictures[0].image.size
+    size, prompts = pictures[0].image.size, len({picture.prompt for picture in pictures})
+    reason = judges.refusal(size)
+    if reason or judges.style_dir is None or judges.clip_dir is None:
+        details = {"left_out": dict.fromkeys(METRICS, reason), "pictures": len(pictures), "prompts": prompts}
+        return {**dict.fromkeys(METRICS), "details": details}
+    style = style_encoder.load_style_encoder(judges.style_dir)
+    clip = load_clip(judges.clip_dir, resolve_device(config.device))
     generated = encode(((p.image, p.prompt) for p in pictures), style, clip)
-    winners = encode(real_images(config, size, winners=True), style, clip)
-    losers = encode(real_images(config, size, winners=False), style, clip)
-    return evaluate_style(generated, make_pool(winners, losers))
-
-
-def real_images(config: Config, size: tuple[int, int], *, winners: bool) -> Iterator[tuple[Image.Image, str]]:
-    """(Picture at ``size``, caption) of the evaluation records' preferred or dispreferred side; ties have no sides."""
-    records = config.eval_records
-    if records == "emoji":
-        from fastpref.emoji import HELDOUT_PARQUET
-
-        records = str(HELDOUT_PARQUET)
-    for record in read_records(records):
-        if not isinstance(record, Record) or record.label == 0.5:
-            continue
-        try:
-            image = load_rgb(record.winner if winners else record.loser, config.max_image_pixels)
-        except ImageError as error:
-            raise UserError(error.reason, f"{records}, {record.where}", "evaluation needs every real image") from None
-        yield to_bucket(image, size), record.caption.strip()
+    unseen = set(judges.unseen(reals.captions))
+    sides = [
+        encode((pair for pair in reals.images(size, target=target) if pair[1] in unseen), style, clip)
+        for target in (True, False)
+    ]
+    result = evaluate_style(generated, make_pool(*sides))
+    result["details"]["style_accuracy"] = judges.accuracy
+    return result
 
 
 def _opened(files: Sequence[tuple[Path, Path]]) -> list[tuple[Image.Image, Image.Image]]:

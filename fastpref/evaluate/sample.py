@@ -103,25 +103,45 @@ def generate(
         work: gets the rows counted.
     """
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    shape = latent_shape(pipeline, size)
-    pictures: list[Picture] = []
+    texts, numbers = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
+    shape, images = latent_shape(pipeline, size), []
     with _ddim(pipeline), _counted(pipeline, work or Work()):
         for start in _steps(len(pairs), batch_size, progress):
-            batch = pairs[start : start + batch_size]
-            texts = [prompt for prompt, _ in batch]
-            latents = initial_latents(texts, [seed for _, seed in batch], shape)
-            images = pipeline(
-                prompt=texts,
-                latents=latents.to(pipeline.device, pipeline.dtype),
-                height=shape[1] * pipeline.vae_scale_factor,
-                width=shape[2] * pipeline.vae_scale_factor,
-                guidance_scale=guidance_scale,
-                num_inference_steps=sample_steps,
-                eta=0.0,
-                output_type="pil",
-            ).images
-            pictures += [Picture(prompt, seed, image) for (prompt, seed), image in zip(batch, images, strict=True)]
-    return pictures
+            part = slice(start, start + batch_size)
+            latents = initial_latents(texts[part], numbers[part], shape)
+            images += _draw(pipeline, texts[part], latents, guidance_scale, sample_steps)
+    return [Picture(prompt, seed, image) for (prompt, seed), image in zip(pairs, images, strict=True)]
+
+
+def generate_pairs(
+    pipeline: Any,
+    first: Sequence[str],
+    second: Sequence[str],
+    latents: torch.Tensor,
+    *,
+    guidance_scale: float,
+    sample_steps: int,
+) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Pictures of two prompts each from one noise: ``first[i]`` and ``second[i]`` from ``latents[i]``, in one batch."""
+    with _ddim(pipeline):
+        images = _draw(pipeline, [*first, *second], torch.cat([latents, latents]), guidance_scale, sample_steps)
+    return images[: len(first)], images[len(first) :]
+
+
+def _draw(
+    pipeline: Any, prompts: Sequence[str], latents: torch.Tensor, guidance_scale: float, sample_steps: int
+) -> list[Image.Image]:
+    images: list[Image.Image] = pipeline(
+        prompt=list(prompts),
+        latents=latents.to(pipeline.device, pipeline.dtype),
+        height=latents.shape[2] * pipeline.vae_scale_factor,
+        width=latents.shape[3] * pipeline.vae_scale_factor,
+        guidance_scale=guidance_scale,
+        num_inference_steps=sample_steps,
+        eta=0.0,
+        output_type="pil",
+    ).images
+    return images
 
 
 def load_policy_pipeline(config: Config, *, lora: Path | None = None, unet: Path | None = None) -> Any:

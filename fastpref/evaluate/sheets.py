@@ -60,12 +60,15 @@ def contact_sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str]
     return _page([([row], caption) for row, caption in zip(rows, captions, strict=True)], header="")
 
 
+BEFORE_AFTER = "upper row: before · lower row: after training, same prompt and seed"
+
+
 def before_after_sheet(
-    pairs: Sequence[Sequence[tuple[Image.Image, Image.Image]]], captions: Sequence[str]
+    pairs: Sequence[Sequence[tuple[Image.Image, Image.Image]]], captions: Sequence[str], header: str = BEFORE_AFTER
 ) -> Image.Image:
-    """One block a prompt: the pictures before training in the upper row, those after below, a column a seed."""
+    """One block a prompt: the first of each pair in the upper row, the second below, a column a pair."""
     blocks = [([[b for b, _ in p], [a for _, a in p]], c) for p, c in zip(pairs, captions, strict=True)]
-    return _page(blocks, header="upper row: before · lower row: after training, same prompt and seed")
+    return _page(blocks, header=header)
 
 
 def _page(

@@ -1,8 +1,10 @@
 """Style Alignment (Diffusion-RPO, arXiv 2406.06382): did the pictures take on the target style and keep their content?
 
 * ``style_share``: share of pictures that the style classifier takes for the target style.
-* ``style_distance``: Fréchet distance (arXiv 1706.08500, equation 6) between the pictures and the real target-style
-  images in the style encoder's features:  |m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½).
+* ``style_distance``: Fréchet distance (arXiv 1706.08500, equation 6) between the pictures and real target-style
+  images of other captions in the style encoder's features:  |m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½).  The distance of
+  few pictures is biased upwards, so its ``floor`` and ``base_distance`` are measured in just the same way: the real
+  target-style and base-style images of the same captions, as many of them, against the same other real images.
 * ``prompt_retrieval``: each picture looks for its caption among the real images of its own style, by CLIP image
   embedding, so that line art is not punished for being line art.
 
@@ -20,11 +22,11 @@ from PIL.Image import Image
 from torch import Tensor
 
 from fastpref.errors import UserError
+from fastpref.evaluate.distance import style_distances
 from fastpref.evaluate.sheets import to_batch
 
 TOP_K = (1, 5)
 _ENCODER_BATCH, _ENCODER_PIXELS = 64, 1 << 21  # pictures at once, and no more than so many pixels
-_FLOOR_SPLITS = 16
 
 
 class StyleOutput(Protocol):
@@ -125,74 +127,38 @@ def evaluate_style(pictures: Encoded, pool: RealPool) -> dict[str, Any]:
 
     Returns:
         ``style_share`` in [0, 1], ``style_distance`` ≥ 0, ``prompt_retrieval: {top1, top5}`` in [0, 1], and
-        ``details``: ``floor`` (the distance of real target-style images to each other, at the same number of pictures),
-        ``floor_same_prompts`` (of the real target-style images of the prompts asked, which are in the pool themselves),
-        ``base_distance`` (of the real base-style images), ``ceiling`` (retrieval by the real target-style images),
-        ``cross_style`` (retrieval by the real image in the other style), ``chance``, ``real_style_accuracy``,
-        ``pictures``, ``pool``.
+        ``details``: ``floor`` and ``base_distance`` (what real target-style and base-style images of the prompts get
+        for a ``style_distance``), ``distance_left`` (the share of the way from the base to the floor that is still to
+        go; below 0 where the pictures came out below the floor), ``distance_counts`` (captions measured and held
+        against in each of the ``splits``), ``ceiling`` (retrieval by the real target-style images), ``cross_style``
+        (retrieval by the real image in the other style), ``chance``, ``real_style_accuracy``, ``pictures``,
+        ``prompts``, ``pool``.
     """
     prompts = set(pictures.captions)
     own = [i for i, caption in enumerate(pool.target.captions) if caption in prompts]
     asked = _rows(pool.target, own)
     correct = torch.cat([pool.target.styles == pool.target_style, pool.base.styles == pool.base_style])
     gallery = len(set(pool.target.captions))
+    found = retrieval(pictures, pool)
+    distance = style_distances(pictures, pool.target, pool.base)
     return {
         "style_share": float((pictures.styles == pool.target_style).double().mean()),
-        "style_distance": frechet_distance(pictures.features, pool.target.features),
-        "prompt_retrieval": retrieval(pictures, pool),
+        "style_distance": distance.pictures,
+        "prompt_retrieval": found,
         "details": {
             "pictures": len(pictures.captions),
             "prompts": len(prompts),
             "pool": len(pool.target.captions),
-            "floor": distance_floor(pool.target.features, len(pictures.captions)),
-            "floor_same_prompts": frechet_distance(asked.features, pool.target.features, count=len(pictures.captions)),
-            "base_distance": frechet_distance(pool.base.features, pool.target.features),
+            "floor": distance.floor,
+            "base_distance": distance.base,
+            "distance_left": distance.left,
+            "distance_counts": {"measured": distance.measured, "against": distance.against, "splits": distance.splits},
             "ceiling": retrieval(asked, pool),
             "cross_style": retrieval(asked, pool, other_style=True),
             "chance": {f"top{k}": min(1.0, k / gallery) for k in TOP_K},
             "real_style_accuracy": float(correct.double().mean()),
         },
     }
-
-
-def frechet_distance(a: Tensor, b: Tensor, *, count: int | None = None) -> float:
-    """Fréchet distance of two sets of features ``(N, F)`` and ``(M, F)``, float64, with shrunk covariances.
-
-    A covariance of fewer samples than features is singular, and the plain distance then measures sampling noise. Both
-    are shrunk towards their diagonals, ``C ← (1 - λ) C + λ diag(C)`` with ``λ = F / (F + count)``: which vanishes for
-    many samples, keeps every variance, and is the same on both sides.
-
-    Args:
-        count: the number of samples λ is computed from; default: the smaller set's.
-
-    Raises:
-        UserError: fewer than two rows on a side.
-    """
-    if min(len(a), len(b)) < 2:
-        raise UserError(f"{min(len(a), len(b))} picture", "style_distance", "needs at least two on each side")
-    width = a.shape[1]
-    shrinkage = width / (width + (count or min(len(a), len(b))))
-    mean_a, cov_a = _moments(a.double(), shrinkage)
-    mean_b, cov_b = _moments(b.double(), shrinkage)
-    root = _symmetric_root(cov_a)
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
-    return max(0.0, float(distance))
-
-
-def distance_floor(features: Tensor, count: int) -> float:
-    """Mean distance of real images to each other: random parts of ``count`` (at most half) against the rest."""
-    part = min(count, len(features) // 2)
-    if part < 2:
-        raise UserError(f"{len(features)} real images", "style_distance", "the floor needs at least four")
-    generator = torch.Generator().manual_seed(0)
-    distances = []
-    for _ in range(_FLOOR_SPLITS):
-        order = torch.randperm(len(features), generator=generator)
-        distances.append(
-            frechet_distance(features[order[:part]], features[order[part:]], count=min(count, len(features)))
-        )
-    return sum(distances) / len(distances)
 
 
 def retrieval(queries: Encoded, pool: RealPool, *, other_style: bool = False) -> dict[str, float]:
@@ -231,16 +197,6 @@ def _ranks(embeddings: Tensor, captions: list[str], gallery: Encoded) -> Tensor:
     own = torch.tensor([names[caption] for caption in captions])
     best = nearest.gather(1, own[:, None])
     return (nearest >= best).sum(dim=1) - 1
-
-
-def _moments(features: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
-    covariance = torch.cov(features.T).reshape(features.shape[1], features.shape[1])
-    return features.mean(dim=0), torch.lerp(covariance, torch.diag(covariance.diag()), shrinkage)
-
-
-def _symmetric_root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 def _majority(styles: Tensor) -> int:

@@ -46,6 +46,7 @@ def metric_rows(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str,
     """The metric table: name, before, after, change, what to hold it against; a number nobody computed is a dash."""
     details = after.get("details") or before.get("details") or {}
     floor, ceiling, chance = details.get("floor"), details.get("ceiling") or {}, details.get("chance") or {}
+    base = details.get("base_distance")
     pictures = int(details.get("pictures") or 0)
 
     def share(name: str, note: str, keys: tuple[str, ...], against: str) -> dict[str, str]:
@@ -62,8 +63,11 @@ def metric_rows(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str,
         return share(f"Prompt retrieval, {k.replace('top', 'top ')}", note, ("prompt_retrieval", k), ", ".join(against))
 
     distances = _dig(before, ("style_distance",)), _dig(after, ("style_distance",))
-    note = "Fréchet distance to the real preferred pictures, lower is better"
-    against = "" if floor is None else f"real pictures among themselves {floor:.3g}"
+    note = "Fréchet distance to other real preferred pictures, lower is better"
+    against = "" if floor is None else f"real preferred pictures {floor:.3g}"
+    against += f", real dispreferred {base:.3g}" if base is not None else ""
+    left = _dig(after or before, ("details", "distance_left"))
+    against += f"; {max(0.0, left):.0%} of that way is left" if left is not None else ""
     distance = _metric_row("Style distance", note, *distances, "{:.3g}", against)
     if distances[0] is not None and distances[1] is not None and distance["before"] != distance["after"]:
         distance["verdict"] = "good" if distances[1] < distances[0] else "bad"
@@ -73,6 +77,30 @@ def metric_rows(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str,
         retrieval("top1", "own caption has the nearest real picture"),
         retrieval("top5", "own caption is among the five nearest"),
     ]
+
+
+def accuracy_rows(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, str]]:
+    """The table of a preference model's accuracy on held-out pairs, a row a timestep; empty for other methods."""
+    found = [result.get("pair_accuracy") or {} for result in (before, after)]
+    pairs = int((after.get("details") or before.get("details") or {}).get("pairs") or 0)
+    rows = []
+    for timestep in found[1] or found[0]:
+        values = found[0].get(timestep), found[1].get(timestep)
+        row = _metric_row(f"t = {timestep}", "", *values, "{:.0%}", "")
+        if values[0] is not None and values[1] is not None and _beyond_chance(values[0], values[1], pairs):
+            row["verdict"] = "good" if values[1] > values[0] else "bad"
+        rows.append(row)
+    return rows
+
+
+def result_lines(result: dict[str, Any]) -> list[str]:
+    """One evaluation for a terminal: a line a metric, with what to hold it against."""
+    lines = []
+    for row in metric_rows(result, {}):
+        against = f" ({row['against']})" if row["against"] else ""
+        lines.append(f"{row['name']}: {row['before']}{against}")
+    left_out = (result.get("details") or {}).get("left_out") or {}
+    return lines + [f"left out: {reason}" for reason in dict.fromkeys(left_out.values())]
 
 
 def notes(

@@ -6,19 +6,21 @@ the contrast group: (seed, epoch, group). Nothing depends on the micro-batch or 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
 from fastpref.config import Config
 from fastpref.data.sampling import BatchPlan
-from fastpref.data.store import Store, StoreBatch
+from fastpref.data.store import ClipBatch, Store, StoreBatch
 from fastpref.models.loading import NoiseSchedule
 from fastpref.models.policy import Conditioning
 from fastpref.objectives.rpo import combine_embeddings
 from fastpref_kernels import add_keyed_noise, derive_keys, keyed_noise, keyed_uniform_u32
 
 _U32 = 1 << 32
+Pairs = TypeVar("Pairs", StoreBatch, ClipBatch)
 
 
 @dataclass
@@ -55,6 +57,7 @@ class BatchBuilder:
         ids = torch.from_numpy(plan.indices[rows])
         flip = self._coin(plan, ids, "flip", 0.5).numpy() if self.store.manifest.flips else None
         stored = self.store.batch(plan.indices[rows], flip)
+        stored = _exchange(stored, self._mislabelled(ids), ("latents", "posterior_std", "time_ids"))
         repeat = 2 if self.with_losers else 1
         keys = self._keys(plan, ids, "noise").repeat(repeat).to(self.device)
         timesteps = self._timesteps(plan, rows).repeat(repeat).to(self.device)
@@ -72,7 +75,8 @@ class BatchBuilder:
 
     def embeddings(self, plan: BatchPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """``(B, E)`` unit rows of all winners and losers of the global batch; data, so every rank reads them itself."""
-        related = self.store.clip_batch(plan.indices)
+        wrong = self._mislabelled(torch.from_numpy(plan.indices))
+        related = _exchange(self.store.clip_batch(plan.indices), wrong, ("image",))
         kind = self.config.embedding
         winner = combine_embeddings(kind, related.text, related.image_w)
         loser = combine_embeddings(kind, related.text, related.image_l)
@@ -83,6 +87,11 @@ class BatchBuilder:
 
     def _coin(self, plan: BatchPlan, ids: torch.Tensor, purpose: str, share: float) -> torch.Tensor:
         return keyed_uniform_u32(self._keys(plan, ids, purpose)) < int(share * _U32)
+
+    def _mislabelled(self, ids: torch.Tensor) -> torch.Tensor:
+        """``(n,)`` bool; like a person's mistake it stays with the pair, so the epoch is left out of the key."""
+        word = keyed_uniform_u32(derive_keys(self.config.seed, 0, ids, 0, "label"))
+        return word < int(self.config.label_noise * _U32)
 
     def _timesteps(self, plan: BatchPlan, rows: slice) -> torch.Tensor:
         low, high = self.config.timestep_range or (0, self.schedule.num_train_timesteps)
@@ -119,3 +128,17 @@ class BatchBuilder:
             sides = [stored.time_ids_w, stored.time_ids_l][:repeat]
             time_ids = torch.cat(sides).to(self.device, self.dtype)
         return Conditioning(prompt.repeat(repeat, 1, 1), None if pooled is None else pooled.repeat(repeat, 1), time_ids)
+
+
+def _exchange(pairs: Pairs, wrong: torch.Tensor, names: tuple[str, ...]) -> Pairs:
+    """``pairs`` with the fields ``<name>_w`` and ``<name>_l`` exchanged in the rows that are ``wrong``."""
+    if not bool(wrong.any()):
+        return pairs
+    changed = {}
+    for name in names:
+        winner, loser = getattr(pairs, f"{name}_w"), getattr(pairs, f"{name}_l")
+        if winner is not None:
+            mask = wrong.view(-1, *[1] * (winner.ndim - 1))
+            changed[f"{name}_w"] = torch.where(mask, loser, winner)
+            changed[f"{name}_l"] = torch.where(mask, winner, loser)
+    return replace(pairs, **changed)

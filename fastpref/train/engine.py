@@ -8,8 +8,19 @@ from typing import Any, Protocol
 import torch
 
 from fastpref.config import Config
-from fastpref.models.policy import Policy
 from fastpref.train.optim import build_optimizer
+
+
+class Trainable(Protocol):
+    """A model in training."""
+
+    @property
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The trained parameters by name, always in the same order."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 class Engine(Protocol):
@@ -47,6 +58,10 @@ class Engine(Protocol):
         """Put back what :meth:`state` gave."""
         ...
 
+    def ema_weights(self) -> dict[str, torch.Tensor]:
+        """The averaged weights by parameter name; empty without ``ema_decay``."""
+        ...
+
 
 class LocalEngine:
     """One process, one device."""
@@ -54,12 +69,12 @@ class LocalEngine:
     rank = 0
     world_size = 1
 
-    def __init__(self, policy: Policy, config: Config) -> None:
-        self.parameters = list(policy.trainable.values())
-        self.names = list(policy.trainable)
+    def __init__(self, model: Trainable, config: Config) -> None:
+        self.parameters = list(model.trainable.values())
+        self.names = list(model.trainable)
         self.optimizer = build_optimizer(config, self.parameters)
         self.max_grad_norm = config.max_grad_norm
-        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=config.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=config.precision == "fp16")
         self.ema_decay = config.ema_decay
         self.ema = [p.detach().clone() for p in self.parameters] if config.ema_decay else []
 
@@ -123,7 +138,6 @@ class LocalEngine:
             self.scaler.load_state_dict(values["scaler"])
 
     def ema_weights(self) -> dict[str, torch.Tensor]:
-        """The averaged weights by parameter name; empty without ``ema_decay``."""
         return dict(zip(self.names, self.ema, strict=False))
 
     @torch.no_grad()

@@ -10,19 +10,22 @@ simply kept; with several, ``accumulation`` says whether the rewards come first 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from fastpref.config import Config
 from fastpref.data.sampling import BatchPlan, Sampler
+from fastpref.data.store import Store
 from fastpref.errors import UserError
-from fastpref.models.policy import Policy
-from fastpref.objectives import Objective, PairRewards, Solution
+from fastpref.models.policy import Policy, load_policy
+from fastpref.objectives import Objective, PairRewards, Solution, build_objective
 from fastpref.train.batch import BatchBuilder, PairBatch
-from fastpref.train.engine import Engine
-from fastpref.train.optim import learning_rate_at
+from fastpref.train.engine import Engine, LocalEngine
+from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_store
+from fastpref.train.trainer import PolicyTrainer
 from fastpref_kernels import implicit_reward, implicit_reward_parts
 
 
@@ -42,8 +45,23 @@ class _Outcome(NamedTuple):
     effective_contrasts: float = 1.0
 
 
+def open_trainer(config: Config, model_dir: Path, device: torch.device) -> OfflineTrainer:
+    """Check store, model and batch arithmetic, and load what is trained.
+
+    Raises:
+        UserError: anything that would stop the training later and can be known now.
+    """
+    store, objective = open_store(config, model_dir), build_objective(config)
+    _check_store(config, objective, store)
+    sampler, schedule = open_sampler(config, store), open_schedule(config, model_dir)
+    policy = load_policy(config, model_dir, device, needs_reference=objective.uses_reference)
+    check_unet(policy.unet, store, config)
+    batches = BatchBuilder(store, schedule, config, device, with_losers=objective.uses_losers)
+    return OfflineTrainer(config, policy, objective, sampler, batches, LocalEngine(policy, config))
+
+
 @dataclass
-class OfflineTrainer:
+class OfflineTrainer(PolicyTrainer):
     """All that a step needs; :meth:`step` is the method."""
 
     config: Config
@@ -53,26 +71,21 @@ class OfflineTrainer:
     batches: BatchBuilder
     engine: Engine
     skipped: int = 0
-    _share: slice = field(init=False)
 
-    def __post_init__(self) -> None:
-        self._share = self.engine.share(self.config.batch_size)
+    def describe(self) -> str:
+        return f"{len(self.batches.store)} pairs"
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step (0-based); returns its metrics over the global batch."""
         plan = self.sampler.batch(step)
         outcome = self._coupled(plan) if self.objective.couples_pairs else self._separate(plan)
-        rate = learning_rate_at(self.config, step)
-        norm = self.engine.step(rate) if math.isfinite(outcome.loss) else None
-        if norm is None:
-            self.engine.discard()
-            self._count_skip(step, outcome.loss)
+        norm, rate = self.update(step, outcome.loss)
         return self._metrics(step, outcome, norm, rate)
 
     def _separate(self, plan: BatchPlan) -> _Outcome:
         """Every pair on its own: forward, solve, backward, one micro-batch at a time."""
         parts, loss = [], torch.zeros((), dtype=torch.float64)
-        for rows in self._micro_batches():
+        for rows in self.micro_batches(self.config.batch_size):
             batch = self.batches.build(plan, rows)
             scored = self._score(batch, self._reference_error(batch), graph=True)
             solution = self.objective.solve(scored.rewards)
@@ -85,7 +98,7 @@ class OfflineTrainer:
 
     def _coupled(self, plan: BatchPlan) -> _Outcome:
         """Rewards of the whole global batch, then the gradient of each micro-batch."""
-        micro = self._micro_batches()
+        micro = self.micro_batches(self.config.batch_size)
         keep = len(micro) == 1 or self.config.accumulation == "keep_graphs"
         scored: list[_Scored] = []
         for rows in micro:
@@ -101,10 +114,6 @@ class OfflineTrainer:
                 self._backward(part.reward, _slice(solution, rows))
         contrasts = solution.effective_contrasts
         return _Outcome(float(solution.loss), rewards, 1.0 if contrasts is None else float(contrasts))
-
-    def _micro_batches(self) -> list[slice]:
-        size = self.config.micro_batch
-        return [slice(s, min(s + size, self._share.stop)) for s in range(self._share.start, self._share.stop, size)]
 
     def _reference_error(self, batch: PairBatch) -> torch.Tensor | None:
         if not self.objective.uses_reference:
@@ -132,15 +141,6 @@ class OfflineTrainer:
 
     def _gather(self, rewards: PairRewards) -> PairRewards:
         return rewards.unstacked(self.engine.gather(rewards.stacked()))
-
-    def _count_skip(self, step: int, loss: float) -> None:
-        self.skipped += 1
-        if self.skipped > self.config.max_skipped_steps:
-            raise UserError(
-                f"{self.skipped} steps had a non-finite loss or gradient, the last with loss {loss}",
-                f"step {step + 1}",
-                "lower learning_rate or beta, or use precision=fp32; the newest checkpoint is intact",
-            )
 
     def _metrics(self, step: int, outcome: _Outcome, norm: float | None, rate: float) -> dict[str, Any]:
         rewards = outcome.rewards
@@ -171,3 +171,17 @@ class OfflineTrainer:
 def _slice(solution: Solution, rows: slice) -> Solution:
     loser = None if solution.grad_l is None else solution.grad_l[rows]
     return solution._replace(grad_w=solution.grad_w[rows], grad_l=loser)
+
+
+def _check_store(config: Config, objective: Objective, store: Store) -> None:
+    if store.manifest.ties == "half" and config.method != "dpo":
+        raise UserError(
+            f"method {config.method} has no use for ties of one half",
+            config.store,
+            "prepare with ties=drop or ties=keep",
+        )
+    needs = objective.uses_embeddings or config.sampling == "related"
+    if needs and store.manifest.clip_fingerprint is None:
+        raise UserError(
+            "the store holds no CLIP embeddings", config.store, "prepare it with clip=FOLDER, or set weight=uniform"
+        )

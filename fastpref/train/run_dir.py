@@ -18,10 +18,16 @@ FREE_ON_RESUME = frozenset([
     "accumulation", "checkpoint_every", "keep_checkpoints", "log_every", "tracker", "guidance_scale", "sample_steps",
     "eval_records", "eval_prompts", "eval_seeds", "eval_batch_size", "records", "ties", "posterior", "buckets",
     "resolution", "clip", "max_reject_share", "shard_size", "prepare_batch_size", "max_image_pixels",
-    "vae_precision", "max_skipped_steps", "engine",
+    "vae_precision", "max_skipped_steps", "engine", "decode_batch_size", "eval_timesteps",
+    "eval_target_images", "eval_base_images", "eval_style", "eval_clip",
 ])
 # fmt: on
-EVALUATION_KEYS = ("guidance_scale", "sample_steps", "eval_records", "eval_prompts", "eval_seeds", "clip")
+# Of those, what decides the training of a method after all.
+FIXED_BY_METHOD = {"spm": frozenset(["guidance_scale", "clip", "vae_precision"])}
+EVALUATION_KEYS = (
+    *("guidance_scale", "sample_steps", "eval_records", "eval_prompts", "eval_seeds", "clip"),
+    *("eval_timesteps", "eval_target_images", "eval_base_images", "eval_style", "eval_clip"),
+)
 
 
 def check_run_dir(config: Config) -> bool:
@@ -76,8 +82,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _check_same(config: Config, run_dir: Path) -> None:
     before, now = load_config(run_dir / "config.yaml").model_dump(), config.model_dump()
+    free = FREE_ON_RESUME - FIXED_BY_METHOD.get(config.method, frozenset())
     for key in now:
-        if key not in FREE_ON_RESUME and before[key] != now[key]:
+        if key not in free and before[key] != now[key]:
             raise UserError(
                 f"{key} is {now[key]!r} but the run was started with {before[key]!r}",
                 str(run_dir),

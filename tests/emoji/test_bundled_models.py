@@ -15,7 +15,7 @@ from fastpref.emoji.clip import embed_images, embed_texts, retrieval
 from fastpref.emoji.pipeline import token_ids
 from fastpref.emoji.records import EmojiImages, read_records
 from fastpref.emoji.style import load_style_encoder
-from fastpref.emoji.style_training import style_accuracy
+from fastpref.emoji.style_training import Labelled, style_accuracy
 from fastpref.emoji.training import to_tensor
 from fastpref.emoji.vae import encode_mean, reconstruction_psnr
 from fastpref.errors import UserError
@@ -93,14 +93,16 @@ def test_unet_predicts_the_noise_of_training_pictures(pipeline: StableDiffusionX
 def test_style_encoder_tells_real_styles(train: EmojiImages, heldout: EmojiImages) -> None:
     encoder = load_style_encoder(STYLE_DIR)
     stated = json.loads((STYLE_DIR / "config.json").read_text())["style_accuracy"]
-    assert style_accuracy(encoder, heldout, 0)["clean"] == pytest.approx(stated["heldout"]["clean"], abs=0.01)
-    assert min(style_accuracy(encoder, train, 0).values()) > 0.97
+    assert style_accuracy(encoder, Labelled.of_emoji(heldout), 0)["clean"] == pytest.approx(
+        stated["heldout"]["clean"], abs=0.01
+    )
+    assert min(style_accuracy(encoder, Labelled.of_emoji(train), 0).values()) > 0.97
     # Some pictures, such as the black heart, are black and white in both sets: no one could tell their style.
     apart = np.sqrt(((heldout.flat / 255.0 - heldout.line / 255.0) ** 2).mean((1, 2, 3))) > 0.25
     captions = [c for c, keep in zip(heldout.captions, apart, strict=True) if keep]
     distinct = EmojiImages(captions, heldout.flat[apart], heldout.line[apart])
     assert len(captions) > 60
-    assert min(style_accuracy(encoder, distinct, 0).values()) > 0.97
+    assert min(style_accuracy(encoder, Labelled.of_emoji(distinct), 0).values()) > 0.97
     features = encoder(to_tensor(distinct.line)).features
     assert features.dtype == torch.float32 and features.shape == (len(captions), encoder.config["features"])
 

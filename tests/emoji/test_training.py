@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from fastpref.emoji.style import StyleOutput, load_style_encoder
+from fastpref.emoji.style_training import (
+    MAX_NOISE_STD,
+    Labelled,
+    augment,
+    degrade_known,
+    fit_style_encoder,
+    style_loss,
+)
 from fastpref.emoji.tokenizer import train_tokenizer
 from fastpref.emoji.training import (
     Fit,
@@ -22,6 +32,7 @@ from fastpref.emoji.training import (
 )
 from fastpref.emoji.unet import LatentWorld, TextToLatents, new_scheduler
 from fastpref.emoji.vae import encode_mean, new_vae, whiten
+from fastpref.errors import UserError
 
 SETTINGS = FitSettings("toy", steps=12, learning_rate=0.05, warmup=2, ema_decay=0.9, log_every=3)
 
@@ -99,3 +110,60 @@ def test_unet_loss_is_the_noise_when_nothing_is_predicted() -> None:
     abar = world.alphas_cumprod
     expected = float(((abar / (1 - abar)).clamp_max(5.0) * (1 - abar) / abar).mean())
     assert float(losses["loss"]) == pytest.approx(expected, abs=0.05)
+
+
+def test_degradations_are_known_and_augmentation_leaves_the_styles_apart() -> None:
+    generator = stage_generator(0, "style", 0)
+    clean = torch.rand(256, 3, 32, 32, generator=generator).round()
+    images, amounts = degrade_known(clean, generator)
+    noise, blurred = amounts.T
+    assert float(amounts.min()) == 0.0 and float(amounts.max()) <= 1.0
+    assert 0.4 < float((noise > 0).double().mean()) < 0.6 and 0.23 < float((blurred > 0).double().mean()) < 0.43
+    untouched = (noise == 0) & (blurred == 0)
+    assert torch.equal(images[untouched], clean[untouched])
+    only_noise = (noise > 0.1) & (blurred == 0)
+    # Of black and white pixels half of the noise is clipped away: a mean change of std / sqrt(2 pi).
+    changed = (images - clean).abs().mean((1, 2, 3))[only_noise]
+    torch.testing.assert_close(changed, MAX_NOISE_STD * noise[only_noise] / (2 * torch.pi) ** 0.5, rtol=0.15, atol=1e-3)
+    detail = images.diff(dim=3).abs().mean((1, 2, 3))
+    sharp, soft = detail[untouched], detail[(noise == 0) & (blurred > 0.8)]
+    assert float(soft.max()) < 0.5 * float(sharp.min())
+    coloured = torch.zeros(400, 3, 16, 16)
+    coloured[:, 0] = 0.9
+    coloured[:, :, :, :8] *= 0.5
+    changed = augment(coloured, generator)
+    grey = (changed.amax(1) - changed.amin(1)).amax((1, 2)) < 1e-6
+    assert 0.12 < float(grey.double().mean()) < 0.28
+    mirrored = changed[:, 0, :, 0].mean(1) > changed[:, 0, :, 15].mean(1)
+    assert 0.4 < float(mirrored.double().mean()) < 0.6
+
+
+def test_style_loss_by_hand() -> None:
+    logits = torch.tensor([[2.0, 0.0]])
+    output = StyleOutput(torch.zeros(1, 4), logits, torch.zeros(1, 5), torch.tensor([[0.5, 0.0]]))
+    parts = style_loss(output, torch.tensor([0]), torch.tensor([3]), torch.tensor([[0.0, 0.0]]))
+    assert float(parts["style"]) == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-5)
+    assert float(parts["concept"]) == pytest.approx(math.log(5), rel=1e-5)
+    assert float(parts["degradation"]) == pytest.approx(0.125)
+    expected = float(parts["style"]) + 0.3 * math.log(5) + 4 * 0.125
+    assert float(parts["loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_style_encoder_is_exported_whole_and_reads_pictures_of_any_size(tmp_path: Path) -> None:
+    """Black is style 0, white style 1: learned in a few steps, stated, and the same after loading."""
+    pictures = torch.cat([torch.zeros(16, 3, 16, 16), torch.ones(16, 3, 16, 16)])
+    labelled = Labelled(pictures, torch.arange(2).repeat_interleave(16), torch.arange(16).repeat(2))
+    settings = FitSettings("style", steps=15, learning_rate=5e-3, warmup=2, ema_decay=0.5, log_every=5)
+    work = Workspace(tmp_path / "work", seed=0, resume=False)
+    result = fit_style_encoder(labelled, labelled, tmp_path / "encoder", work, settings, batch=16, extra={"mark": 7})
+    assert result.metrics["style_accuracy_heldout_clean"] == 1.0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder", "work"]
+    encoder = load_style_encoder(tmp_path / "encoder")
+    assert (encoder.config["image_size"], encoder.config["mark"]) == (16, 7)
+    assert encoder.config["style_accuracy"]["heldout"]["noisy"] > 0.9
+    small, large = encoder(pictures[::16]), encoder(torch.ones(1, 3, 50, 40))
+    assert small.style_logits.argmax(1).tolist() == [0, 1] and large.style_logits.argmax(1).tolist() == [1]
+    torch.testing.assert_close(large.features, small.features[1:], atol=1e-4, rtol=1e-3)
+    (tmp_path / "encoder" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot read the style encoder"):
+        load_style_encoder(tmp_path / "encoder")

@@ -47,6 +47,7 @@ class Page(HTMLParser):
 def _result(share: float, distance: float, top5: float) -> dict[str, Any]:
     details = {"pictures": 4, "prompts": 2, "pool": 74, "floor": 3.25, "real_style_accuracy": 0.993}
     details |= {"ceiling": {"top1": 1.0, "top5": 1.0}, "chance": {"top1": 0.0135, "top5": 0.0676}}
+    details |= {"base_distance": 43.25, "distance_left": (distance - 3.25) / 40}
     retrieval = {"top1": 0.25, "top5": top5}
     return {"style_share": share, "style_distance": distance, "prompt_retrieval": retrieval, "details": details}
 
@@ -84,7 +85,10 @@ def test_a_complete_run(run: Path) -> None:
     assert file == run / "report.html"
     page = Page(file)
     assert "RPO raised the share of pictures in the preferred style from 0% to 100%" in page.text
-    assert re.search(r"Style distance .* 41.5 12.2 −29.2 real pictures among themselves 3.25", page.text)
+    assert re.search(
+        r"Style distance .* 41.5 12.2 −29.2 real preferred pictures 3.25, real dispreferred 43.2", page.text
+    )
+    assert "; 22% of that way is left" in page.text
     assert re.search(r"top 5 .* 50% 50% \+0 points real pictures 100%, chance 7%", page.text)
     assert "UNet forwards 12,345" in page.text and "Scorer" not in page.text
     assert "Total time 4 min 12 s" in page.text and "Peak memory 3.00 GiB" in page.text

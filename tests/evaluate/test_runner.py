@@ -17,7 +17,8 @@ from fastpref.config import Config, parse_config
 from fastpref.data.records import read_captions
 from fastpref.emoji.random_models import make_random_clip
 from fastpref.errors import UserError
-from fastpref.evaluate.runner import choose_prompts, evaluate_policy, paired_pictures, real_images
+from fastpref.evaluate.reals import open_reals
+from fastpref.evaluate.runner import choose_prompts, evaluate_policy, paired_pictures
 from fastpref.evaluate.sheets import before_after_sheet, contact_sheet, to_batch
 
 Output = namedtuple("Output", ["features", "style_logits"])
@@ -51,7 +52,7 @@ def test_before_and_after(models: dict[str, Path], loras: dict[str, Path], tmp_p
     for result in (before, after):
         assert list(result) == ["style_share", "style_distance", "prompt_retrieval", "details"]
         assert 0 <= result["style_share"] <= 1
-        assert result["style_distance"] > result["details"]["floor"] > 0
+        assert 0 < result["details"]["floor"] < result["details"]["base_distance"] and result["style_distance"] > 0
         assert set(result["prompt_retrieval"]) == {"top1", "top5"}
         assert result["details"]["work"] == {"unet_forwards": 24, "vae_decodes": 6, "text_forwards": 6}
         assert result["details"]["real_style_accuracy"] > 0.9
@@ -91,9 +92,8 @@ def test_metrics_that_cannot_be_had_are_left_out_not_made_up(models: dict[str, P
 
 
 def test_real_images_come_winner_and_loser_side() -> None:
-    config = parse_config({})
-    winners = list(real_images(config, (32, 32), winners=True))
-    losers = list(real_images(config, (32, 32), winners=False))
+    reals = open_reals(parse_config({}))
+    winners, losers = (list(reals.images((32, 32), target=target)) for target in (True, False))
     assert [caption for _, caption in winners] == [caption for _, caption in losers] == read_captions("emoji")
     shares = [
         (torch.argmax(FakeStyle()(to_batch([image for image, _ in side])).style_logits, 1) == 1).double().mean().item()

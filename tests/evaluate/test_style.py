@@ -11,16 +11,8 @@ from PIL import Image
 from scipy.linalg import sqrtm
 
 from fastpref.errors import UserError
-from fastpref.evaluate.style import (
-    Encoded,
-    RealPool,
-    distance_floor,
-    encode,
-    evaluate_style,
-    frechet_distance,
-    make_pool,
-    retrieval,
-)
+from fastpref.evaluate.distance import frechet_distance, style_distances
+from fastpref.evaluate.style import Encoded, RealPool, encode, evaluate_style, make_pool, retrieval
 
 SIZE, CONCEPTS, FLAT, LINE = 16, 24, 0, 1
 
@@ -78,7 +70,6 @@ def test_real_target_images_are_perfect(pool: RealPool) -> None:
     result = evaluate_style(_encode(line, captions), pool)
     assert list(result) == ["style_share", "style_distance", "prompt_retrieval", "details"]
     assert result["style_share"] == 1.0
-    assert result["style_distance"] == pytest.approx(0, abs=1e-9)
     assert result["prompt_retrieval"] == {"top1": 1.0, "top5": 1.0}
     details = result["details"]
     assert details["ceiling"] == {"top1": 1.0, "top5": 1.0}
@@ -86,6 +77,9 @@ def test_real_target_images_are_perfect(pool: RealPool) -> None:
     assert details["chance"] == {"top1": 1 / CONCEPTS, "top5": 5 / CONCEPTS}
     assert details["real_style_accuracy"] == 1.0
     assert 0 < details["floor"] < details["base_distance"]
+    assert result["style_distance"] == pytest.approx(details["floor"], rel=1e-12)
+    assert details["distance_left"] == pytest.approx(0, abs=1e-12)
+    assert details["distance_counts"] == {"measured": CONCEPTS // 2, "against": CONCEPTS // 2, "splits": 16}
 
 
 def test_the_wrong_style_moves_style_and_leaves_content(pool: RealPool) -> None:
@@ -93,7 +87,9 @@ def test_the_wrong_style_moves_style_and_leaves_content(pool: RealPool) -> None:
     mixed = evaluate_style(_encode(flat[:12] + line[12:], captions), pool)
     wrong = evaluate_style(_encode(flat, captions), pool)
     assert (mixed["style_share"], wrong["style_share"]) == (0.5, 0.0)
-    assert 0 < mixed["style_distance"] < wrong["style_distance"] == pytest.approx(wrong["details"]["base_distance"])
+    base = wrong["details"]["base_distance"]
+    assert mixed["details"]["floor"] < mixed["style_distance"] < wrong["style_distance"] == pytest.approx(base)
+    assert wrong["details"]["distance_left"] == pytest.approx(1)
     assert wrong["prompt_retrieval"] == {"top1": 1.0, "top5": 1.0}
 
 
@@ -102,7 +98,8 @@ def test_shuffled_captions_lose_the_content_only(pool: RealPool) -> None:
     result = evaluate_style(_encode(line, captions[7:] + captions[:7]), pool)
     assert result["prompt_retrieval"]["top1"] == 0.0
     assert result["prompt_retrieval"]["top5"] < 0.6
-    assert (result["style_share"], round(result["style_distance"], 9)) == (1.0, 0.0)
+    assert result["style_share"] == 1.0
+    assert abs(result["details"]["distance_left"]) < 0.1
 
 
 def test_noise_and_blur_cost_distance_and_content(pool: RealPool) -> None:
@@ -178,13 +175,57 @@ def test_frechet_distance_is_stable_for_few_samples() -> None:
         frechet_distance(draw(1), draw(8))
 
 
-def test_the_floor_is_what_a_perfect_model_would_get() -> None:
-    torch.manual_seed(0)
-    real, perfect = torch.randn(120, 8), torch.randn(60, 8)
-    floor = distance_floor(real, 60)
-    assert distance_floor(real, 60) == floor
-    assert frechet_distance(perfect, real) < 2 * floor
-    assert frechet_distance(perfect + 1, real) > 5 * floor
+def _rows(captions: list[str], features: torch.Tensor) -> Encoded:
+    return Encoded(captions, features.double(), torch.zeros(len(captions), dtype=torch.long), features.double())
+
+
+def test_the_floor_is_what_a_perfect_model_gets() -> None:
+    captions = [f"caption {i}" for i in range(120)]
+
+    def draw(seed: int, shift: float, count: int) -> torch.Tensor:
+        return torch.randn(count, 8, generator=torch.Generator().manual_seed(seed)) + shift
+
+    for asked in (40, 120):  # few of the captions, and all of them
+        found = []
+        for seed in range(30):
+            target, base = _rows(captions, draw(seed, 0, 120)), _rows(captions, draw(1000 + seed, 1, 120))
+            twice = _rows(captions[:asked] * 2, draw(2000 + seed, 0, 2 * asked))
+            found.append(style_distances(twice, target, base))
+        perfect, floor, base_distance = (
+            torch.tensor([getattr(d, name) for d in found]) for name in ("pictures", "floor", "base")
+        )
+        assert abs(float((perfect - floor).mean())) < 3 * float((perfect - floor).std()) / 30**0.5
+        # Pictures and floor share captions, counts and reference, so their difference spreads less than the way to go.
+        assert float((perfect - floor).std()) < 0.1 * float((base_distance - floor).mean())
+        assert float(base_distance.mean()) == pytest.approx(8 + float(floor.mean()), rel=0.1)
+        assert found[-1] == style_distances(twice, target, base)
+        counts = [(d.measured, d.against, d.splits) for d in found]
+        assert set(counts) == {(40, 80, 1) if asked == 40 else (60, 60, 16)}
+
+
+def test_distances_use_every_picture_and_never_its_own_caption() -> None:
+    """The real image of a measured caption is not in the reference: copying it gains nothing."""
+    generator = torch.Generator().manual_seed(0)
+    captions = [f"caption {i}" for i in range(20)]
+    target, base = _rows(captions, torch.randn(20, 3, generator=generator)), _rows(captions, torch.ones(20, 3) * 9)
+    copies = style_distances(_rows(captions[:8], target.features[:8]), target, base)
+    assert copies.pictures == copies.floor
+    own = frechet_distance(target.features[:8], target.features[8:], count=8)
+    assert copies.floor == pytest.approx(own, rel=1e-9)
+    assert copies.left == 0
+    # Two pictures a caption: the mean of both rounds; a caption with one picture gives it to both.
+    far = target.features[:8] + 5
+    both = _rows(captions[:8] + captions[:7], torch.cat([target.features[:8], far[:7]]))
+    second = torch.cat([far[:7], target.features[7:8]])
+    expected = (copies.floor + frechet_distance(second, target.features[8:], count=8)) / 2
+    assert style_distances(both, target, base).pictures == pytest.approx(expected, rel=1e-9)
+    assert style_distances(copies_of(target, 8), target, target).left is None
+    with pytest.raises(UserError, match="1 of 20 captions"):
+        style_distances(_rows(captions[:1], far[:1]), target, base)
+
+
+def copies_of(target: Encoded, count: int) -> Encoded:
+    return _rows(target.captions[:count], target.features[:count])
 
 
 def test_an_encoder_blind_to_style_is_refused() -> None:

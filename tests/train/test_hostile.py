@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 
-from fastpref.cli import _run_training, evaluate
+from fastpref.cli import evaluate
 from fastpref.config import Config
 from fastpref.errors import UserError
+from fastpref.runs import run_training
 
 Recipe = Callable[..., Config]
 
 
 def train(config: Config) -> Path:
-    _run_training(config, dry_run=False)
+    run_training(config)
     return config.run_dir
 
 
@@ -113,7 +114,7 @@ def test_resumed_time_adds_up_and_finished_pictures_are_kept(
         drawn.append(tag)
         return {"style_share": None, "style_distance": None, "prompt_retrieval": None, "details": {}}
 
-    monkeypatch.setattr("fastpref.cli._evaluate", draw)
+    monkeypatch.setattr("fastpref.runs.evaluate_tag", draw)
     common = ["name=e", "method=dpo", "evaluate=true", "resume=auto", "checkpoint_every=1"]
     first = summary(train(sd15_config(*common, "steps=2")))
     again = summary(train(sd15_config(*common, "steps=2")))

@@ -32,11 +32,12 @@ METHODS = {
 
 def make_trainer(config: Config) -> OfflineTrainer:
     job = TrainJob.open(config)
-    policy = load_policy(config, job.model_dir, job.device, needs_reference=job.objective.uses_reference)
+    objective, store = job.trainer.objective, job.trainer.batches.store
+    policy = load_policy(config, job.model_dir, job.device, needs_reference=objective.uses_reference)
     _perturb(policy.trainable)
     schedule = load_noise_schedule(job.model_dir)
-    batches = BatchBuilder(job.store, schedule, config, job.device, with_losers=job.objective.uses_losers)
-    return OfflineTrainer(config, policy, job.objective, job.sampler, batches, LocalEngine(policy, config))
+    batches = BatchBuilder(store, schedule, config, job.device, with_losers=objective.uses_losers)
+    return OfflineTrainer(config, policy, objective, job.trainer.sampler, batches, LocalEngine(policy, config))
 
 
 def _perturb(trainable: dict[str, torch.nn.Parameter]) -> None:
@@ -139,10 +140,7 @@ def test_pairs_of_a_group_share_the_timestep_and_groups_differ(sdxl_config: Make
 
 
 def fresh_trainer(config: Config) -> OfflineTrainer:
-    job = TrainJob.open(config)
-    policy = load_policy(config, job.model_dir, job.device, needs_reference=True)
-    batches = BatchBuilder(job.store, load_noise_schedule(job.model_dir), config, job.device, with_losers=True)
-    return OfflineTrainer(config, policy, job.objective, job.sampler, batches, LocalEngine(policy, config))
+    return TrainJob.open(config).trainer
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

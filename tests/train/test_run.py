@@ -75,9 +75,9 @@ def same(a: Path, b: Path) -> bool:
 
 def run_in_process(config: Config) -> Path:
     """What `fastpref train` does, without paying for a new interpreter."""
-    from fastpref.cli import _run_training
+    from fastpref.runs import run_training
 
-    _run_training(config, dry_run=False)
+    run_training(config)
     return config.run_dir
 
 

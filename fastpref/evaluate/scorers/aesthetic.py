@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastpref.errors import UserError
-from fastpref.evaluate.scorers.checkpoint import read_state_dict, refuse, square_pixels
+from fastpref.evaluate.scorers.checkpoint import square_pixels
 from fastpref.evaluate.scorers.clip import FolderClip
+from fastpref.models.state_dict import read_state_dict, refuse
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,9 +1,8 @@
-"""What the scorers share: published checkpoints opened without running code from them, and square pixels."""
+"""What the scorers share: exactly the weights of a published checkpoint, and square pixels."""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,45 +10,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastpref.errors import UserError
 from fastpref.models.loading import _open
+from fastpref.models.state_dict import refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def read_state_dict(path: Path, entry: str | None = None) -> dict[str, Tensor]:
-    """Name to tensor, on the CPU, of a safetensors file or of what ``torch.save`` wrote.
-
-    Args:
-        entry: the key under which a training checkpoint keeps its weights, used where it is there.
-
-    Raises:
-        UserError: no such file, a damaged one, or one that needs more than ``weights_only`` loading.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise UserError("no such checkpoint", str(path), "scorers are not downloaded: give a file on disk")
-    try:
-        if path.suffix == ".safetensors":
-            value: Any = load_file(path)
-        else:
-            value = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        todo = "re-save its state dict as safetensors if you trust its source"
-        raise UserError("the checkpoint is damaged or holds more than tensors", str(path), todo) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError("cannot read the checkpoint", str(path), " ".join(str(error).split())[:200]) from error
-    if entry is not None and isinstance(value, Mapping) and isinstance(value.get(entry), Mapping):
-        value = value[entry]
-    if not isinstance(value, Mapping) or not value or not all(isinstance(v, torch.Tensor) for v in value.values()):
-        raise UserError("the checkpoint holds no state dict", str(path), "give the file as published")
-    return {str(name).removeprefix("module."): tensor for name, tensor in value.items()}
 
 
 def load_weights(kind: Any, config: Any, state: dict[str, Tensor], path: Path, **options: Any) -> Any:
@@ -76,16 +44,6 @@ def load_weights(kind: Any, config: Any, state: dict[str, Tensor], path: Path, *
     model, info = _open(build, path)
     refuse(path, info["missing_keys"], info["unexpected_keys"], [entry[0] for entry in info["mismatched_keys"]])
     return model.eval().requires_grad_(False)
-
-
-def refuse(
-    path: Path, missing: Collection[str], unexpected: Collection[str] = (), mismatched: Collection[str] = ()
-) -> None:
-    """Raise :class:`UserError` if there is anything in the lists: other weights than the layout has."""
-    for what, names in (("lacks", missing), ("has the wrong shape for", mismatched), ("has the unknown", unexpected)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"the checkpoint {what} {min(names)}{more}", str(path), "give the file as published")
 
 
 def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:

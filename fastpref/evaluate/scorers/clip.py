@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastpref.errors import UserError
-from fastpref.evaluate.scorers.checkpoint import refuse
 from fastpref.models.loading import _open
 from fastpref.models.similarity import ClipEncoder
+from fastpref.models.state_dict import refuse
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastpref.errors import UserError
-from fastpref.evaluate.scorers.checkpoint import count_layers, load_weights, normalise, read_state_dict, to_float
+from fastpref.evaluate.scorers.checkpoint import count_layers, load_weights, normalise, to_float
 from fastpref.models.loading import _open
+from fastpref.models.state_dict import read_state_dict
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,8 +12,9 @@ import torch
 
 from fastpref.errors import UserError
 from fastpref.evaluate.scorers.aesthetic import load_head
-from fastpref.evaluate.scorers.checkpoint import count_layers, load_weights, read_state_dict, square_pixels
+from fastpref.evaluate.scorers.checkpoint import count_layers, load_weights, square_pixels
 from fastpref.models.loading import _open
+from fastpref.models.state_dict import read_state_dict
 
 if TYPE_CHECKING:
     from PIL.Image import Image

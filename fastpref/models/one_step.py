@@ -1,0 +1,99 @@
+"""The frozen base model's guess of the finished picture from any noisy latent: one guided forward, one decode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpref.config import Config
+from fastpref.models.guidance import empty_conditioning, guided, predicted_x0
+from fastpref.models.loading import DTYPES, NoiseSchedule, load_unet, load_vae
+from fastpref.models.policy import Conditioning
+from fastpref.models.work import Work
+
+
+class LatentDecoder:
+    """A VAE's decoder that never sees more than ``chunk`` latents at once."""
+
+    def __init__(self, vae: Any, chunk: int, work: Work) -> None:
+        self.vae, self.chunk, self.work = vae, chunk, work
+
+    @torch.no_grad()
+    def images(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (N, C, h, w), scaled as the UNet takes them, to pictures (N, 3, H, W) in [-1, 1] or a bit beyond.
+
+        fp32, or fp64 if the VAE is.
+        """
+        scale, shift = self.vae.config.scaling_factor, getattr(self.vae.config, "shift_factor", None) or 0.0
+        dtype = torch.promote_types(self.vae.dtype, torch.float32)
+        parts = [
+            self.vae.decode((part / scale + shift).to(self.vae.dtype), return_dict=False)[0].to(dtype)
+            for part in latents.split(self.chunk)
+        ]
+        self.work.vae_decodes += len(latents)
+        return torch.cat(parts)
+
+
+class FrozenUNet:
+    """A UNet that is not trained; rows that pass through it are counted."""
+
+    def __init__(self, unet: Any, dtype: torch.dtype, work: Work) -> None:
+        self.unet, self.dtype, self.work = unet, dtype, work
+
+    @torch.no_grad()
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The prediction (N, C, H, W)."""
+        self.work.unet_forwards += len(noisy)
+        arguments = conditioning.kwargs(self.dtype)
+        return self.unet(noisy.to(self.dtype), timesteps, **arguments, return_dict=False)[0]
+
+
+@dataclass
+class OneStep:
+    """x̂0 under guidance, decoded."""
+
+    unet: FrozenUNet
+    decoder: LatentDecoder
+    schedule: NoiseSchedule
+    empty: Conditioning
+    guidance_scale: float
+
+    @torch.no_grad()
+    def latents(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """x̂0 (N, C, h, w) of ``noisy``, in its dtype."""
+        prediction = guided(self.unet.predict, noisy, timesteps, conditioning, self.empty, self.guidance_scale)
+        return predicted_x0(prediction, noisy, timesteps, self.schedule)
+
+    def images(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The pictures (N, 3, H, W) they promise, in [-1, 1] or a bit beyond."""
+        return self.decoder.images(self.latents(noisy, timesteps, conditioning))
+
+
+def load_one_step(
+    config: Config,
+    model_dir: Path,
+    device: torch.device,
+    schedule: NoiseSchedule,
+    empty_prompt: tuple[torch.Tensor, torch.Tensor | None],
+    work: Work,
+) -> OneStep:
+    """The UNet of ``model_dir`` (or ``config.unet``) and its VAE, both frozen.
+
+    The UNet is in ``config.precision``, the VAE in ``config.vae_precision`` (fp64 if ``precision`` is).
+
+    Args:
+        empty_prompt: ``prompt_embeds (1, L, D)`` and, for SDXL, ``pooled_prompt_embeds (1, P)``.
+    """
+    dtype = DTYPES[config.precision]
+    unet = load_unet(model_dir, dtype, config.unet).to(device).eval().requires_grad_(False)
+    vae = load_vae(model_dir, "fp64" if config.precision == "fp64" else config.vae_precision, device)
+    return OneStep(
+        FrozenUNet(unet, dtype, work),
+        LatentDecoder(vae, config.decode_batch_size, work),
+        schedule,
+        empty_conditioning(model_dir, *empty_prompt),
+        config.guidance_scale,
+    )

@@ -1,0 +1,21 @@
+"""What a run cost, in rows of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Work:
+    """Rows that went through each model; guidance makes two UNet rows of a sample, winner and loser are two samples.
+
+    The order of the fields is that of the counts in a checkpoint: append, never insert.
+    """
+
+    unet_forwards: int = 0
+    unet_recomputed: int = 0
+    unet_backwards: int = 0
+    vae_encodes: int = 0
+    vae_decodes: int = 0
+    text_forwards: int = 0
+    scorer_forwards: int = 0

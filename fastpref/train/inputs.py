@@ -1,0 +1,56 @@
+"""What a method that trains on a prepared store reads, opened and checked against the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastpref.config import Config
+from fastpref.data.sampling import Sampler
+from fastpref.data.store import Store
+from fastpref.errors import UserError
+from fastpref.models.loading import NoiseSchedule, load_noise_schedule, model_family, model_fingerprint
+
+
+def open_store(config: Config, model_dir: Path) -> Store:
+    """The recipe's store; refused if it was made for another model."""
+    store = Store.open(Path(config.store))
+    store.check_model(model_fingerprint(model_dir), model_family(model_dir))
+    return store
+
+
+def open_sampler(config: Config, store: Store) -> Sampler:
+    """Which pairs form each batch."""
+    return Sampler(
+        store.bucket_ids,
+        batch_size=config.batch_size,
+        group_size=config.group,
+        seed=config.seed,
+        sampling=config.sampling,
+        embeddings=store.clip_text_all() if config.sampling == "related" else None,
+    )
+
+
+def open_schedule(config: Config, model_dir: Path) -> NoiseSchedule:
+    """The model's noise schedule; refused if ``timestep_range`` leaves it."""
+    schedule = load_noise_schedule(model_dir)
+    if config.timestep_range is not None and config.timestep_range[1] > schedule.num_train_timesteps:
+        raise UserError(f"timestep_range ends above {schedule.num_train_timesteps}", "timestep_range", "lower it")
+    return schedule
+
+
+def check_unet(unet: Any, store: Store, config: Config) -> None:
+    """The UNet (which may come from another folder than the text encoders) takes what the store holds."""
+    settings, where = unet.config, config.unet or config.model
+    prompt, pooled = store.empty_prompt()
+    channels, takes_pooled = store.manifest.latent_channels, settings.get("addition_embed_type") == "text_time"
+    if takes_pooled != (pooled is not None):
+        family = "SDXL" if takes_pooled else "SD1.5"
+        raise UserError(f"the UNet is one of {family}, the store was made for {store.manifest.family}", where)
+    for name, takes, holds in (
+        ("in_channels", settings["in_channels"], channels),
+        ("out_channels", settings["out_channels"], channels),
+        ("cross_attention_dim", settings["cross_attention_dim"], prompt.shape[-1]),
+    ):
+        if takes != holds:
+            raise UserError(f"{name} of the UNet is {takes}, the store needs {holds}", where, "use a UNet that fits")

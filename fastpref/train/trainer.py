@@ -1,0 +1,113 @@
+"""What every method's training has in common: its share of the batch, the optimizer step, counts, and its result."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpref.config import Config
+from fastpref.errors import UserError
+from fastpref.models.policy import Policy
+from fastpref.models.work import Work
+from fastpref.train.engine import Engine
+from fastpref.train.optim import learning_rate_at
+
+
+class Trainer(ABC):
+    """One method's training: what a step is, what it costs and what is left in the end."""
+
+    config: Config
+    engine: Engine
+    skipped: int  # steps without an update, because loss or gradient was not finite
+
+    @abstractmethod
+    def step(self, step: int) -> dict[str, Any]:
+        """One optimizer step (0-based); returns its metrics over the global batch."""
+
+    @abstractmethod
+    def work(self) -> Work:
+        """What was computed so far."""
+
+    @abstractmethod
+    def restore_work(self, work: Work) -> None:
+        """Go on counting from what a checkpoint has counted."""
+
+    @abstractmethod
+    def export(self, run_dir: Path) -> None:
+        """Write the trained weights (their EMA if there is one) below ``run_dir``."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What it trains on, e.g. '652 pairs'."""
+
+    def micro_batches(self, pairs: int) -> list[slice]:
+        """This rank's part of ``pairs``, cut into forwards."""
+        share, size = self.engine.share(pairs), self.config.micro_batch
+        return [slice(s, min(s + size, share.stop)) for s in range(share.start, share.stop, size)]
+
+    def update(self, step: int, loss: float) -> tuple[float | None, float]:
+        """Apply the gradients; (their norm, learning rate). Without a finite loss and norm nothing changes: (None, …).
+
+        Raises:
+            UserError: more than ``max_skipped_steps`` steps came to nothing.
+        """
+        rate = learning_rate_at(self.config, step)
+        norm = self.engine.step(rate) if math.isfinite(loss) else None
+        if norm is None:
+            self.engine.discard()
+            self._count_skip(step, loss)
+        return norm, rate
+
+    def _count_skip(self, step: int, loss: float) -> None:
+        self.skipped += 1
+        if self.skipped > self.config.max_skipped_steps:
+            raise UserError(
+                f"{self.skipped} steps had a non-finite loss or gradient, the last with loss {loss}",
+                f"step {step + 1}",
+                "lower learning_rate or beta, or use precision=fp32; the newest checkpoint is intact",
+            )
+
+
+class PolicyTrainer(Trainer):
+    """A trainer whose trained model is a diffusion policy."""
+
+    policy: Policy
+
+    def work(self) -> Work:
+        policy = self.policy
+        return Work(policy.forwards, policy.recomputed, policy.backwards)
+
+    def restore_work(self, work: Work) -> None:
+        policy = self.policy
+        policy.forwards, policy.recomputed, policy.backwards = (
+            work.unet_forwards,
+            work.unet_recomputed,
+            work.unet_backwards,
+        )
+
+    def export(self, run_dir: Path) -> None:
+        """A LoRA file or a ``unet/`` folder, in diffusers' format."""
+        from fastpref.models.lora_file import WEIGHTS_NAME, save_lora
+
+        take_averages(self.policy.trainable, self.engine)
+        if self.config.train == "lora":
+            save_lora(self.policy.unet, run_dir / WEIGHTS_NAME)
+            return
+        draft, final = run_dir / ".unet.tmp", run_dir / "unet"
+        shutil.rmtree(draft, ignore_errors=True)
+        self.policy.unet.save_pretrained(draft)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(draft, final)
+
+
+@torch.no_grad()
+def take_averages(trainable: dict[str, torch.nn.Parameter], engine: Engine) -> None:
+    """Put the EMA of the weights, if the engine keeps one, into their place."""
+    for name, average in engine.ema_weights().items():
+        trainable[name].copy_(average)
