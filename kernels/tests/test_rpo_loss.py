@@ -39,6 +39,12 @@ def test_matches_oracle(path: str, m: int, n: int, dim: int, weight: str, dtype:
     check(*rewards, *embeddings, beta=3.0, temperature=0.5, weight=weight)
 
 
+def test_wide_embeddings_and_many_columns(path: str) -> None:
+    """More than one block of the norms, and tiles that end inside the group."""
+    check(torch.randn(3), torch.randn(5), torch.randn(3, 1100), torch.randn(5, 1100), beta=3.0, temperature=0.5)
+    check(torch.randn(2), torch.randn(300), torch.randn(2, 4), torch.randn(300, 4), beta=3.0, temperature=0.5)
+
+
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("group_size", [1, 2, 12, 36, 72])
 def test_contrast_groups(path: str, group_size: int, weight: str) -> None:
