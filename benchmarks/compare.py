@@ -71,8 +71,8 @@ def world_fingerprint() -> str:
 
 
 def fingerprint(config: Config) -> str:
-    """What a row stands for: every setting that counts, the base and the encoders."""
-    settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in PLACES}
+    """What a row stands for: every setting that differs from its default, the base and the encoders."""
+    settings = config.model_dump(mode="json", exclude_defaults=True, exclude=PLACES)
     text = json.dumps(settings, sort_keys=True) + world_fingerprint()
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

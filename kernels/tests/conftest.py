@@ -25,7 +25,7 @@ WHERE = os.environ.get("KERNELS_ON", "interpreter")
 if WHERE == "lanes":
     from execution import driver
 
-    collect_ignore = ["test_interpreter.py"]
+    collect_ignore = ["test_interpreter.py", "execution/test_execution.py"]
     driver.install()
     _dispatch.INTERPRETED = True  # in triton_on_cpu() only: CPU tensors may take the Triton path
 elif WHERE == "interpreter":
@@ -33,6 +33,7 @@ elif WHERE == "interpreter":
 
     if not _dispatch.INTERPRETED:
         raise RuntimeError("fastpref_kernels is already imported: set TRITON_INTERPRET=1 before pytest starts")
+    collect_ignore = ["execution/test_lanes.py"]
     interpreter.install()
 elif WHERE != "gpu":
     raise RuntimeError(f"KERNELS_ON must be interpreter, lanes or gpu, got {WHERE!r}")

@@ -79,10 +79,14 @@ def test_at_most_four_launches_for_a_paired_loss(triton_path: None, kind: str) -
     assert len(launches) == (4 if kind == "rpo" else 3)
 
 
-@pytest.mark.parametrize("name", [name for name in WORKLOADS if name.startswith(("implicit_reward", "add_keyed"))])
+LATENTS = ["add_keyed_noise", "paired_preference_loss[dpo,noise]"]
+LATENTS += [f"implicit_reward[{target},ref_pred]" for target in ("noise", "velocity")]
+
+
+@pytest.mark.parametrize("name", LATENTS)
 def test_kernels_equal_eager_float64(triton_path: None, name: str) -> None:
     w = WORKLOADS[name]
-    inputs = w.make((2, 4, 32, 40), torch.float32, "cpu")
+    inputs = w.make((2, 4, 32, 20), torch.float32, "cpu")
     ours, exact = leaves(inputs, w.wrt), leaves(inputs, w.wrt, torch.float64)
     outputs, expected = w.run(ours), w.eager(exact)
     pairs = [*zip(outputs, expected, strict=True)]

@@ -16,7 +16,7 @@ static void *main_sp, *lane_sp[MAX_LANES];
 static char *stacks;
 static int lane, lanes, done[MAX_LANES];
 static long progress;
-static uint32_t group[3], waiting, generation;
+static uint32_t group[3], groups[3], waiting, generation;
 static uint32_t posted[2][MAX_LANES], turn[MAX_LANES];
 static void (*kernel)(void *);
 static void *arguments;
@@ -38,6 +38,7 @@ static void enter(void) {
 /* 0, or 1 if the lanes wait for each other for ever */
 int lanes_run(void (*body)(void *), void *args, int x, int y, int z, int threads) {
     kernel = body, arguments = args, lanes = threads;
+    groups[0] = x, groups[1] = y, groups[2] = z;
     if (!stacks)
         stacks = mmap(0, (size_t)MAX_LANES * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stacks == MAP_FAILED || threads > MAX_LANES) abort();
@@ -83,6 +84,19 @@ void gcn_s_barrier(void) {
     progress++;
     if (++waiting == (uint32_t)lanes) waiting = 0, generation++;
     while (mine == generation) yield();
+}
+
+/* Of a work-group of one wave; on the GPU its lanes are in step, here they meet. */
+void gcn_wave_barrier(void) {
+    if (!lanes_without_barriers) exchange(0);
+}
+
+/* Implicit kernel arguments, AMDGPU code object version 5: number of groups, their size, remainders. */
+void *gcn_implicitarg_ptr(void) {
+    static struct { uint32_t groups[3]; uint16_t size[3], remainder[3]; char rest[232]; } hidden;
+    memcpy(hidden.groups, groups, sizeof groups);
+    hidden.size[0] = lanes, hidden.size[1] = hidden.size[2] = 1;
+    return &hidden;
 }
 
 uint32_t gcn_workitem_id_x(void) { return lane; }

@@ -14,6 +14,7 @@ import fastpref_kernels as fp
 Inputs = dict[str, Any]
 ALPHAS = torch.linspace(0.85**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
 GUIDANCE, BETA, TEMPERATURE, T, T_PREV, CANDIDATES = 5.0, 5000.0, 0.1, 501, 481, 4
+MILD_BETA = 5.0  # for rewards of order one
 
 
 def latents(*names: str, **more: Callable[[tuple[int, ...], str], Tensor]) -> Callable[..., Inputs]:
@@ -87,7 +88,7 @@ def contrasts(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Inputs
 
 def paired(i: Inputs) -> tuple[Tensor, ...]:
     reward_w, reward_l = reward(i, noise(i, i["pred"]))[0].chunk(2)
-    return (-F.logsigmoid(BETA / 2 * (reward_w - reward_l)).mean(),)
+    return (-F.logsigmoid(MILD_BETA / 2 * (reward_w - reward_l)).mean(),)
 
 
 def guided_step(i: Inputs) -> tuple[Tensor, float, float, float]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import fastpref_kernels as fp
 from gpu import plain
-from gpu.plain import BETA, CANDIDATES, GUIDANCE, T_PREV, TEMPERATURE, Inputs, T
+from gpu.plain import BETA, CANDIDATES, GUIDANCE, MILD_BETA, T_PREV, TEMPERATURE, Inputs, T
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _rewards() -> list[Workload]:
     found = []
     for variant, more, forward in (("ref_pred", {}, (6, 4, 6)), ("ref_error", {"ref_error": plain.errors}, (4, 2, 4))):
         names = ("pred", "ref_pred") if variant == "ref_pred" else ("pred",)
-        common = {"op": "implicit_reward", "wrt": ("pred",), "shape": (2, 4, 128, 128)}
+        common = {"op": "implicit_reward", "wrt": ("pred",), "shape": (1, 4, 128, 128)}
         velocity = {"keys": plain.keys, "timesteps": plain.timesteps, "alphas": plain.alphas}
         found += [
             Workload(
@@ -157,7 +157,7 @@ def _losses() -> list[Workload]:
             variant="dpo,noise",
             make=plain.latents("pred", "ref_pred", keys=plain.keys),
             run=lambda i: (
-                fp.paired_preference_loss(i["pred"], i["ref_pred"], fp.KeyedNoise(i["keys"]), beta=BETA)[0],
+                fp.paired_preference_loss(i["pred"], i["ref_pred"], fp.KeyedNoise(i["keys"]), beta=MILD_BETA)[0],
             ),
             eager=plain.paired,
             wrt=("pred",),

@@ -156,7 +156,7 @@ FAULTS = [
         "_pairwise_kernels.py",
         "for first in range(0, reward[2], BLOCK_CHUNKS):",
         "for first in range(0, BLOCK_CHUNKS, BLOCK_CHUNKS):",
-        on("paired_preference_loss", "test_matches_oracle and float32 or many_pairs or test_keyed"),
+        ("test_workloads.py", "-k", "test_kernels_equal_eager_float64 and paired"),
     ),
     Fault(
         "epsilon of the norm",
@@ -174,10 +174,10 @@ FAULTS = [
     ),
     Fault("older sums not rescaled", "_rpo_kernels.py", "loss = factor * loss", "loss = loss", RPO),
     Fault(
-        "running maximum forgotten",
+        "online softmax rescaled the wrong way",
         "_rpo_kernels.py",
-        "tl.maximum(maximum, tl.max(z, axis=1))",
-        "tl.max(z, axis=1)",
+        "tl.where(total > 0.0, maximum - higher, 0.0)",
+        "tl.where(total > 0.0, higher - maximum, 0.0)",
         RPO,
     ),
     Fault("entropy without its shift", "_rpo_kernels.py", "(moment + shift * total)", "moment", RPO),
@@ -188,7 +188,13 @@ FAULTS = [
         "j = _clamped(0, local_j, columns)\n        l = rewards_of",
         RPO,
     ),
-    Fault("slope of the columns", "_rpo_kernels.py", "if INSIDE:\n            u = omega * u\n", "", RPO),
+    Fault(
+        "slope of the columns",
+        "_rpo_kernels.py",
+        "if INSIDE:\n            u = omega * u\n",
+        "if not INSIDE:\n            u = omega * u\n",
+        RPO,
+    ),
     Fault("softmax sum not applied", "_rpo_kernels.py", "            loss = loss / total\n", "", RPO),
     # steps
     Fault("missing square of eta", "_ddim.py", "variance = eta * eta *", "variance = eta *", POOL),
