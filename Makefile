@@ -5,14 +5,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 MANIFESTS := pyproject.toml kernels/pyproject.toml constraints.txt
 
-.PHONY: help quickstart test lint compare bench clean
+.PHONY: help quickstart quickstart-spo test lint compare bench kernels gpu-acceptance clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   RPO on the bundled emoji world, report in runs/quickstart/report.html"
+	@echo "make quickstart-spo   a step-aware preference model, then SPO with it; report in runs/quickstart-spo/report.html"
 	@echo "make test         lint, types and the whole test suite"
 	@echo "make compare      SFT, DPO and RPO from one base over three seeds: two to three hours, resumable"
 	@echo "make bench        the short set of benchmarks, 20 minutes"
+	@echo "make kernels      the kernel package's proof without a GPU: gates, interpreter, lanes, mutations; 10 minutes"
+	@echo "make gpu-acceptance   the kernels on this machine's GPU: values, gradients, timings; without one it skips"
 
 $(VENV)/bin/python:
 	@echo "== making $(VENV)"
@@ -34,6 +37,15 @@ quickstart: $(VENV)/.run
 	@echo "== RPO on the emoji world, then runs/quickstart/report.html"
 	@$(BIN)/fastpref train configs/emoji_rpo.yaml name=quickstart overwrite=true
 
+quickstart-spo: $(VENV)/.run
+	@echo "== preparing the emoji store (skipped if it is there)"
+	@$(BIN)/fastpref prepare configs/emoji_spm.yaml
+	@echo "== the step-aware preference model, into runs/quickstart-spm"
+	@$(BIN)/fastpref train configs/emoji_spm.yaml name=quickstart-spm overwrite=true
+	@echo "== SPO on the emoji world, then runs/quickstart-spo/report.html"
+	@$(BIN)/fastpref train configs/emoji_spo.yaml name=quickstart-spo \
+		scorer=runs/quickstart-spm/step_preference_model overwrite=true
+
 lint: $(VENV)/.dev
 	@echo "== ruff and mypy"
 	@$(BIN)/ruff check .
@@ -49,6 +61,22 @@ compare: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@$(BIN)/python benchmarks/compare.py --short
+
+kernels: $(VENV)/.dev
+	@echo "== every kernel in every configuration compiled: gates, and the table in kernels/README.md"
+	@$(BIN)/python kernels/tests/static/gates.py
+	@echo "== kernels interpreted"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal kernels/tests --ignore kernels/tests/execution
+	@echo "== kernels as compiled for gfx942, lane by lane on the CPU"
+	@KERNELS_ON=lanes OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal kernels/tests
+	@echo "== planted faults, each of which a test must catch"
+	@OMP_NUM_THREADS=1 $(BIN)/python kernels/tests/mutation/mutate.py --workers 2
+
+gpu-acceptance: $(VENV)/.dev
+	@echo "== the kernels on a GPU against eager float64"
+	@KERNELS_ON=gpu $(BIN)/python -m pytest -q -rs --no-fold-skipped kernels/tests/gpu
+	@echo "== timings, into benchmarks/results/kernels.csv"
+	@$(BIN)/python benchmarks/kernels.py gpu --plot --skip-without-gpu
 
 clean:
 	rm -rf $(VENV) runs stores .pytest_cache .mypy_cache .ruff_cache

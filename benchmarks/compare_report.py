@@ -135,6 +135,12 @@ def plot(plan: dict[str, Any], rows: Rows, path: Path) -> None:
             axis.axvline(value, color="grey", linestyle="--", linewidth=1, label="before training")
         axis.set_title(label + (" (lower is better)" if BETTER[metric] < 0 else ""), fontsize=10)
         axis.grid(axis="x", alpha=0.3)
+        if BETTER[metric] < 0:
+            axis.set_xscale("log")
+            ticks = [3, 5, 10, 20, 50, 100]
+            axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        else:
+            axis.set_xlim(left=0.0, right=1.03 if metric == "style_share" else None)  # intervals of few seeds go beyond
     axes[0][0].set_yticks(range(len(names)), [_short(name) for name in names], fontsize=8)
     axes[0][0].invert_yaxis()
     axes[0][0].legend(fontsize=7, loc="lower left")

@@ -1,15 +1,16 @@
 """The kernels against eager torch: timed on a GPU, counted without one; RPO's CPU path against the matrix form.
 
-    python benchmarks/kernels.py [gpu] [counts] [cpu] [rpo] [--sizes 1024 16384] [--repeats 3] [--plot]
+    python benchmarks/kernels.py [gpu] [counts] [cpu] [rpo] [--sizes 1024 16384] [--repeats 5] [--plot] [--out FOLDER]
 
     gpu     ms, GB/s, share of the copy bandwidth of the same run, peak memory: fastpref, eager fp32 and bf16, compiled
     counts  bytes per element, launches and peak memory of the interpreted kernels and of eager torch: counts, not times
     cpu     the CPU path at latent sizes, by pytest-benchmark
-    rpo     rpo_loss on the CPU with M = N, D = 256: time and peak memory beyond the inputs, each in its own process, in
-            turn with the matrix form; fails above 64 MB or if slower at the largest size
+    rpo     rpo_loss on the CPU with M = N, D = 256: median, least and most time, and peak memory beyond the inputs,
+            each in its own process, in turn with the matrix form; fails above 64 MB or if slower at the largest size
 
 Without a choice: gpu where there is one, else counts and rpo. Rows are kept in benchmarks/results/kernels.csv, a run
-replaces those of its kind; --plot draws kernels_*.png beside it.
+replaces those of its kind; --plot draws kernels_*.png beside it. --skip-without-gpu: where gpu is asked for and there
+is none, say what is left out instead of failing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,6 @@ import torch
 from common import RESULTS, ROOT, provenance, read_csv, write_csv
 
 HERE = Path(__file__).parent
-CSV = RESULTS / "kernels.csv"
 LIMIT = 64 << 20  # bytes beyond the inputs that rpo_loss may take on the CPU
 Row = dict[str, Any]
 
@@ -42,7 +43,7 @@ def _child(script: str, *arguments: str, interpreted: bool = False) -> Any:
 
 
 def rpo(sizes: list[int], repeats: int) -> list[Row]:
-    """Median of the repeats, which alternate between the two forms."""
+    """Times of the repeats, which alternate between the two forms, and the most memory that one of them took."""
     rows = []
     for size in sizes:
         found: dict[str, list[Row]] = {"fastpref": [], "eager fp32": []}
@@ -50,20 +51,24 @@ def rpo(sizes: list[int], repeats: int) -> list[Row]:
             for form, results in found.items():
                 results.append(_child("kernels_rpo.py", form, str(size)))
         for form, results in found.items():
-            median = {key: statistics.median(r[key] for r in results) for key in ("seconds", "peak_bytes")}
+            times = sorted(1e3 * r["seconds"] for r in results)
             rows.append(
                 {
                     "kind": "rpo",
                     "workload": "rpo_loss[outside]",
                     "shape": f"{size}x{size}x256",
                     "form": form,
-                    "ms": round(1e3 * median["seconds"], 1),
-                    "peak_mb": round(median["peak_bytes"] / (1 << 20), 1),
+                    "ms": round(statistics.median(times), 1),
+                    "ms_min": round(times[0], 1),
+                    "ms_max": round(times[-1], 1),
+                    "peak_mb": round(max(r["peak_bytes"] for r in results) / (1 << 20), 1),
                     "repeats": repeats,
                     "threads": torch.get_num_threads(),
                 }
             )
-            print(f"rpo {size}: {form}: {rows[-1]['ms']} ms, {rows[-1]['peak_mb']} MB beyond the inputs", flush=True)
+            row = rows[-1]
+            spread = f"{row['ms']} ms ({row['ms_min']} to {row['ms_max']})"
+            print(f"rpo {size}: {form}: {spread}, {row['peak_mb']} MB beyond the inputs", flush=True)
     return rows
 
 
@@ -97,16 +102,16 @@ def cpu() -> list[Row]:
     ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=[[], "gpu", "counts", "cpu", "rpo"], help="default: see above")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[64, 256, 1024, 4096, 16384], help="M = N of rpo")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--plot", action="store_true")
-    options = parser.parse_args()
-    what = options.what or (["gpu"] if torch.cuda.is_available() else ["counts", "rpo"])
-    if "gpu" in what and not torch.cuda.is_available():
-        parser.error("gpu: torch.cuda.is_available() is False")
+def _without_gpu() -> str:
+    """What `gpu` would have measured."""
+    from kernels_workloads import all_sizes, text
+
+    lines = [f"skipped: {w.name} at {text(shape)}" for w, shape in all_sizes()]
+    return "\n".join([*lines, f"{len(lines)} timings skipped: torch.cuda.is_available() is False"])
+
+
+def measure(what: list[str], sizes: list[int], repeats: int) -> dict[str, list[Row]]:
+    """Rows by kind."""
     measured: dict[str, list[Row]] = {}
     if "gpu" in what:
         measured["gpu"] = _child("kernels_gpu.py")
@@ -115,16 +120,38 @@ def main() -> int:
     if "cpu" in what:
         measured["cpu"] = cpu()
     if "rpo" in what:
-        measured["rpo"] = rpo(options.sizes, options.repeats)
-    kept: list[Row] = [row for row in read_csv(CSV) if row["kind"] not in measured]
-    origin = provenance()
-    write_csv(CSV, kept + [row | origin for rows in measured.values() for row in rows])
+        measured["rpo"] = rpo(sizes, repeats)
+    return measured
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=[[], "gpu", "counts", "cpu", "rpo"], help="default: see above")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[64, 256, 1024, 4096, 16384], help="M = N of rpo")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV and the plots")
+    parser.add_argument("--skip-without-gpu", action="store_true")
+    options = parser.parse_args()
+    what = options.what or (["gpu"] if torch.cuda.is_available() else ["counts", "rpo"])
+    if "gpu" in what and not torch.cuda.is_available():
+        if not options.skip_without_gpu:
+            parser.error("gpu: torch.cuda.is_available() is False")
+        print(_without_gpu())
+        what = [kind for kind in what if kind != "gpu"]
+    measured = measure(what, options.sizes, options.repeats)
+    if not measured:
+        return 0
+    table = options.out / "kernels.csv"
+    kept: list[Row] = [row for row in read_csv(table) if row["kind"] not in measured]
+    origin = provenance() | {"triton": version("triton")}
+    write_csv(table, kept + [row | origin for rows in measured.values() for row in rows])
     if options.plot:
         from kernels_plot import draw
 
-        draw(read_csv(CSV), RESULTS)
+        draw(read_csv(table), options.out)
     broken = broken_claims(measured["rpo"]) if "rpo" in measured else []
-    print("\n".join(broken) or f"wrote {CSV.relative_to(ROOT)}")
+    print("\n".join(broken) or f"wrote {table}")
     return 1 if broken else 0
 
 

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fastpref.config_rules import METHOD_DEFAULTS, PRESETS, check_config
 from fastpref.errors import UserError
 
-Method = Literal["sft", "dpo", "rpo", "spm"]
+Method = Literal["sft", "dpo", "rpo", "spm", "lrm", "spo", "lpo"]
 MAX_DEFAULT_GROUP = 64
 
 
@@ -26,7 +27,12 @@ class Config(BaseModel):
 
     # What to run
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run directory below output_dir")
-    method: Method = Field("rpo", description="sft, dpo, rpo, or spm: the step-aware preference model")
+    method: Method = Field(
+        "rpo", description="sft, dpo, rpo; spo, lpo: step-wise; spm, lrm: their step-aware or latent reward model"
+    )
+    preset: Literal["default", "reference"] = Field(
+        "default", description="reference: what the recipe leaves open is as in the method's official code (spo)"
+    )
     model: str = Field("emoji", description="diffusers pipeline folder (SDXL or SD1.5), or 'emoji' for the bundled one")
     unet: str | None = Field(None, description="start from this UNet folder or .safetensors instead of model/unet")
     init_lora: str | None = Field(None, description="start from this LoRA file; the reference is that start")
@@ -71,17 +77,44 @@ class Config(BaseModel):
     )
     sft_weight: float = Field(0.0, ge=0, description="weight of an SFT term on the winners, added to DPO or RPO")
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of pairs trained with the empty prompt")
-    timestep_range: tuple[int, int] | None = Field(None, description="draw timesteps from [low, high); default: all")
+    timestep_range: tuple[int, int] | None = Field(
+        None, description="draw timesteps from [low, high); spo, lpo: pools there, the rollout ends below; default: all"
+    )
     relabel: float | None = Field(
         None, ge=0, lt=1, description="spm: label by the CLIP's own scores of the real pictures, |p_w - p_l| <= it ties"
+    )
+    ratio_clip: float | None = Field(
+        0.1, gt=0, description="spo, lpo: bound of the likelihood ratios around 1; beyond it no gradient; null: off"
     )
     reference: Literal["auto", "adapter", "copy"] = Field(
         "auto", description="reference model: the adapter switched off (LoRA) or a frozen copy (full)"
     )
 
+    # Step-wise preference optimization
+    prompts: str | None = Field(
+        None, description="spo, lpo: prompts from txt, json, jsonl or parquet; default: the captions of records"
+    )
+    rollout_prompts: int = Field(16, ge=1, description="prompts of a rollout, over all ranks; trained on in one pass")
+    rollout_batch_size: int = Field(8, ge=1, description="prompts at once in the rollout")
+    candidates: int = Field(4, ge=2, le=1024, description="K: candidates of a pool")
+    plain_steps: int = Field(4, ge=0, description="denoising steps before the first pool")
+    inner_steps: int = Field(0, ge=0, description="plain steps of every candidate before it is scored (SPO on SDXL: 3)")
+    score_threshold: float | tuple[float, float] = Field(
+        0.3,
+        description="keep a pair if p_w - p_l exceeds it; [low, high]: from low to high with the step's sigma (LPO)",
+    )
+    eta: float = Field(1.0, gt=0, le=1, description="DDIM's noise in the rollout; 1 is DDPM's")
+    rollout_lora: Literal["auto", "merged", "adapter"] = Field(
+        "auto", description="LoRA in the rollout: merged into the weights (auto: in fp32 and fp64) or beside them"
+    )
+
     # Preference model
     scorer: str | None = Field(
-        None, description="preference model: CLIP folder, folder written by spm, or published .bin; default: clip"
+        None,
+        description="CLIP folder, folder of spm or lrm, published .bin, or package.module:callable; default: clip",
+    )
+    small_decoder: str | None = Field(
+        None, description="score through this AutoencoderTiny folder, not the VAE; its agreement is reported"
     )
     decode_batch_size: int = Field(16, ge=1, description="latents per VAE decode")
 
@@ -121,7 +154,7 @@ class Config(BaseModel):
     posterior: bool = Field(False, description="store the VAE posterior's std and sample it in training")
     flips: bool = Field(False, description="store mirrored latents too and flip half the draws")
     vae_precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto never overflows")
-    clip: str | None = Field(None, description="CLIP folder for RPO's embeddings and for spm; 'emoji' is bundled")
+    clip: str | None = Field(None, description="CLIP folder for RPO's embeddings, spm and spo; 'emoji' is bundled")
     max_reject_share: float = Field(0.05, ge=0, le=1, description="prepare fails above this share of bad records")
     shard_size: int = Field(1024, ge=1, description="rows in a shard of the store")
     prepare_batch_size: int = Field(16, ge=1, description="images or captions per encoder call")
@@ -129,7 +162,9 @@ class Config(BaseModel):
 
     # Sampling and evaluation
     guidance_scale: float = Field(
-        5.0, ge=1, description="classifier-free guidance when sampling; spm: of the one-step prediction"
+        5.0,
+        ge=1,
+        description="guidance: sampling; spm: one-step prediction; lrm: features; spo, lpo: rollout, loss",
     )
     sample_steps: int = Field(20, ge=1, le=1000, description="denoising steps when sampling (DDIM)")
     eval_records: str = Field("emoji", description="held-out records whose captions are sampled; 'emoji' is bundled")
@@ -143,43 +178,17 @@ class Config(BaseModel):
     eval_clip: str | None = Field(None, description="CLIP folder for prompt_retrieval; default: clip")
     eval_prompts: int = Field(32, ge=1, description="held-out prompts sampled by evaluate")
     eval_timesteps: list[int] = Field(
-        [0, 251, 501, 701, 951], min_length=1, description="spm: timesteps of the held-out pair accuracy; 0: as it is"
+        [0, 251, 501, 701, 951],
+        min_length=1,
+        description="spm, lrm: timesteps of held-out pair accuracy; 0: as it is",
     )
     eval_seeds: int = Field(2, ge=1, description="seeds per prompt")
     eval_batch_size: int = Field(32, ge=1, description="pictures per sampling batch")
 
     @model_validator(mode="after")
-    def _divisible(self) -> Config:
-        micro, group = self.micro_batch, self.group
-        if self.batch_size % micro:
-            raise ValueError(f"micro_batch_size is {micro}, must divide batch_size {self.batch_size}")
-        if self.batch_size % group:
-            raise ValueError(f"group_size is {group}, must divide batch_size {self.batch_size}")
-        if self.timestep_range is not None and not 0 <= self.timestep_range[0] < self.timestep_range[1]:
-            raise ValueError(f"timestep_range is {list(self.timestep_range)}, must be [low, high) with 0 <= low < high")
-        if self.safeguard is not None and self.method == "sft":
-            raise ValueError("safeguard is set with method sft, which has no losers: remove it")
-        if (self.eval_target_images is None) != (self.eval_base_images is None):
-            lacking = "eval_target_images" if self.eval_target_images is None else "eval_base_images"
-            raise ValueError(f"{lacking} is not set: evaluation needs a folder of either style")
-        if self.init_lora is not None and self.train == "full":
-            raise ValueError("init_lora is set with train full, which trains no LoRA: export it merged and set unet")
-        if self.reference == "adapter" and self.train == "full":
-            raise ValueError("reference is adapter with train full, which has no adapter: use copy")
-        if self.method == "spm":
-            self._check_preference_model()
+    def _fits_together(self) -> Config:
+        check_config(self)
         return self
-
-    def _check_preference_model(self) -> None:
-        if self.train != "full":
-            raise ValueError("method spm trains all weights of the preference model: set train=full")
-        for key in ("safeguard", "sft_weight", "caption_dropout"):
-            if getattr(self, key):
-                raise ValueError(f"{key} is set with method spm, which has no use for it: remove it")
-        if self.relabel is not None and self.label_noise:
-            raise ValueError("label_noise is set with relabel, which passes over the records' labels: remove one")
-        if min(self.eval_timesteps) < 0:
-            raise ValueError(f"eval_timesteps has {min(self.eval_timesteps)}, must be >= 0")
 
     @property
     def micro_batch(self) -> int:
@@ -224,6 +233,8 @@ def parse_config(settings: dict[str, Any], where: str = "config") -> Config:
             near = difflib.get_close_matches(str(key), Config.model_fields, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else "see 'fastpref train --keys' for the known ones"
             raise UserError(f"unknown key '{key}'", where, hint)
+    method, preset = str(settings.get("method")), str(settings.get("preset"))
+    settings = {**METHOD_DEFAULTS.get(method, {}), **PRESETS.get((method, preset), {}), **settings}
     try:
         return Config.model_validate({k: _number(k, v) for k, v in settings.items()})
     except ValidationError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastpref.config_rules import SCORER_METHODS
 from fastpref.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _closing_line(run_dir: Path, summary: dict[str, Any]) -> str:
 
 def evaluate_tag(config: Config, run_dir: Path, tag: str) -> dict[str, Any]:
     """The evaluation of a run ``before`` or ``after`` its training, in the method's own measures."""
-    if config.method == "spm":
+    if config.method in SCORER_METHODS:
         from fastpref.evaluate.pair_accuracy import evaluate_pair_accuracy
 
         return evaluate_pair_accuracy(config, folder=trained_scorer(run_dir) if tag == "after" else None)
@@ -90,7 +91,7 @@ def evaluate_run(run_dir: Path, overrides: list[str] | None) -> Path:
     from fastpref.train.run_dir import read_json
 
     config = config_of_run(run_dir, overrides)
-    trained_scorer(run_dir) if config.method == "spm" else trained_policy(run_dir)
+    trained_scorer(run_dir) if config.method in SCORER_METHODS else trained_policy(run_dir)
     summary = read_json(run_dir / "summary.json")
     evaluation = {tag: evaluate_tag(config, run_dir, tag) for tag in ("before", "after")}
     write_json(run_dir / "evaluation.json", evaluation)
@@ -125,12 +126,13 @@ def trained_policy(run_dir: Path) -> tuple[Path | None, Path | None]:
 
 
 def trained_scorer(run_dir: Path) -> Path:
-    """The step-aware preference model of a finished run."""
-    from fastpref.models.step_preference_file import FOLDER_NAME, WEIGHTS_NAME
+    """The step-aware preference model or latent reward model of a finished run."""
+    from fastpref.models import latent_reward_file, step_preference_file
 
-    if not (run_dir / FOLDER_NAME / WEIGHTS_NAME).is_file():
-        raise UserError("no trained preference model there", str(run_dir), "finish the training first (resume=auto)")
-    return run_dir / FOLDER_NAME
+    for kind in (step_preference_file, latent_reward_file):
+        if (run_dir / kind.FOLDER_NAME / kind.WEIGHTS_NAME).is_file():
+            return run_dir / kind.FOLDER_NAME
+    raise UserError("no trained preference model there", str(run_dir), "finish the training first (resume=auto)")
 
 
 def lora_file(path: Path | None) -> Path | None:

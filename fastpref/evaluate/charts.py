@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 WIDTH, HEIGHT = 440, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 10, 10, 28
 _MAX_POINTS = 600
+_MAX_LABELS = 8
 _SMOOTH_FROM = 20  # fewer points are drawn as they are
 
 
@@ -19,6 +20,7 @@ class Series:
     name: str
     values: Sequence[float]
     style: str = "a"  # class of the style sheet: a, b, c
+    earlier: bool = False  # dashed and without a figure: what to compare the curve of the same style with
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ def draw(
     *,
     line: float | None = None,
     raw: bool = False,
+    axis: str = "step",
+    marks: Sequence[str] | None = None,
 ) -> Chart:
     """A chart of one or more curves over the steps.
 
@@ -49,14 +53,16 @@ def draw(
     Args:
         line: a level to mark, e.g. 0 for rewards.
         raw: do not smooth.
+        axis: what the steps are, below the left end.
+        marks: what to write below the steps in place of their numbers; some are left out where they are many.
     """
     curves = [(s, s.values if raw else smooth(s.values)) for s in series]
     values = [v for s in series for v in s.values if math.isfinite(v)]
-    final = [(s.style, s.name, number(_last(curve))) for s, curve in curves]
+    final = [(s.style, s.name, number(_last(curve))) for s, curve in curves if not s.earlier]
     if not values:
         return Chart(title, note, list(series), "", final)
     low, high, logarithmic = _bounds(values, line)
-    parts = _frame(steps, low, high, logarithmic)
+    parts = _frame(steps, low, high, logarithmic, axis, marks)
 
     def place(step: float, value: float) -> tuple[float, float]:
         return _x(step, steps), _y(value, low, high, logarithmic)
@@ -68,7 +74,9 @@ def draw(
         if curve is not s.values:
             parts.append(f'<path class="raw {s.style}" d="{_path(steps, s.values, place)}"/>')
     for s, curve in curves:
-        parts.append(f'<path class="curve {s.style}" d="{_path(steps, curve, place)}"/>')
+        parts.append(
+            f'<path class="curve {s.style}{" earlier" if s.earlier else ""}" d="{_path(steps, curve, place)}"/>'
+        )
     label = f"{title}: " + ", ".join(f"{name} ends at {value}" for _, name, value in final)
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_escape(label)}">{"".join(parts)}</svg>'
     return Chart(title, note, list(series), svg, final)
@@ -116,16 +124,18 @@ def _bounds(values: Sequence[float], line: float | None) -> tuple[float, float, 
     low, high = ordered[cut], ordered[len(ordered) - 1 - cut]
     spread = high - low
     low, high = max(ordered[0], low - spread), min(ordered[-1], high + spread)
-    if low > 0 and high / low > 50:
+    if low > 0 and high / low > 50 and (line is None or line > 0):
         return low * 0.8, high * 1.25, True
     if line is not None:
         low, high = min(low, line), max(high, line)
-    margin = 0.05 * (high - low) or max(abs(high) * 0.1, 1e-9)
+    margin = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
     floor = 0.0 if low >= 0 and low < 0.3 * high else low - margin
     return floor, high + margin, False
 
 
-def _frame(steps: Sequence[float], low: float, high: float, logarithmic: bool) -> list[str]:
+def _frame(
+    steps: Sequence[float], low: float, high: float, logarithmic: bool, axis: str, labels: Sequence[str] | None
+) -> list[str]:
     parts = []
     if logarithmic:
         decades = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
@@ -136,12 +146,15 @@ def _frame(steps: Sequence[float], low: float, high: float, logarithmic: bool) -
         y = _y(mark, low, high, logarithmic)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{number(mark)}</text>')
-    parts.append(f'<text x="{_LEFT - 7}" y="{HEIGHT - 9}" text-anchor="end">step</text>')
+    parts.append(f'<text x="{_LEFT - 7}" y="{HEIGHT - 9}" text-anchor="end">{_escape(axis)}</text>')
     first, last = steps[0], steps[-1]
-    for mark in ticks(first, last, 5) if last > first else [first]:
+    stride = -(-len(steps) // _MAX_LABELS)
+    below = {mark: f"{mark:.0f}" for mark in (ticks(first, last, 5) if last > first else [first])}
+    if labels is not None:
+        below = {steps[i]: labels[i] for i in range(len(steps) - 1, -1, -stride)}
+    for mark, label in below.items():
         anchor = "end" if _x(mark, steps) > WIDTH - 24 else "middle"
-        label = f"{mark:.0f}"
-        parts.append(f'<text x="{_x(mark, steps):.1f}" y="{HEIGHT - 9}" text-anchor="{anchor}">{label}</text>')
+        parts.append(f'<text x="{_x(mark, steps):.1f}" y="{HEIGHT - 9}" text-anchor="{anchor}">{_escape(label)}</text>')
     return parts
 
 

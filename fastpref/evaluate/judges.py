@@ -13,8 +13,8 @@ import torch
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.evaluate.reals import FolderReals, Reals
-from fastpref.evaluate.sample import prompt_id
 from fastpref.evaluate.sheets import to_batch
+from fastpref.models.prompt_book import prompt_id
 
 FIT = "fit"
 FIT_SIZE, FIT_STEPS, FIT_BATCH = 64, 300, 32  # pixels, steps and pictures a step of a fitted style encoder

@@ -160,7 +160,7 @@ def styled(prompt: str, style: str) -> str:
 
 def split_prompts(prompts: Sequence[str], heldout: float) -> dict[str, list[str]]:
     """The prompts of each split; held out are those of smallest sha256, at least one unless ``heldout`` is 0."""
-    from fastpref.evaluate.sample import prompt_id
+    from fastpref.models.prompt_book import prompt_id
 
     ordered = sorted(dict.fromkeys(prompts), key=prompt_id)
     count = max(1, round(heldout * len(ordered))) if heldout else 0

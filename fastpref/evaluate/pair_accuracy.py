@@ -1,11 +1,13 @@
 """How often a preference model agrees with people on held-out pairs, at given timesteps.
 
-At t > 0 both pictures of a pair are noised alike and what is scored is the base model's x̂0, as in training; at t = 0
-the pictures are scored as they are (as the public SPO code evaluates). Ties have no winner and are left out.
+At t > 0 both pictures of a pair are noised alike. A step-aware model is shown the base model's x̂0 of them, as in
+training, and at t = 0 the pictures as they are (as the public SPO code evaluates); a latent reward model is shown the
+noisy latents themselves, and at t = 0 the clean ones. Ties have no winner and are left out.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +22,16 @@ from fastpref.data.images import ImageError, load_rgb, to_bucket
 from fastpref.data.records import Record, read_captions, read_records
 from fastpref.errors import UserError
 from fastpref.evaluate.runner import choose_prompts
+from fastpref.models.latent_reward import LatentRewardModel, text_rows
+from fastpref.models.latent_reward_file import open_latent_reward
 from fastpref.models.loading import (
     DTYPES,
+    NoiseSchedule,
     TextStack,
     load_noise_schedule,
     load_text_stack,
+    load_vae,
+    model_fingerprint,
     resolve_device,
     resolve_model_dir,
 )
@@ -82,60 +89,118 @@ def evaluate_pair_accuracy(config: Config, *, folder: Path | None = None) -> dic
 
 
 @dataclass
-class _Judge:
-    """A preference model and all that it takes to show it x̂0 of a pair."""
+class _Shown:
+    """Winners, then losers, of some pairs: 2n pictures, n captions of which some may be alike."""
 
-    model: StepPreferenceModel
-    one_step: OneStep
+    images: torch.Tensor  # (2n, 3, H, W) in [-1, 1]
+    prompts: list[str]  # the distinct captions
+    own: torch.Tensor  # (2n,) place of a picture's caption among them
+    keys: torch.Tensor  # (2n,) record numbers, alike for winner and loser
+    latents: torch.Tensor | None = None  # (2n, C, h, w)
+    conditioning: Conditioning | None = None  # 2n rows
+
+
+@dataclass
+class _Judge(ABC):
+    """A preference model and all that it takes to show it a pair at a timestep."""
+
+    vae: Any
+    schedule: NoiseSchedule
     text: TextStack
+    device: torch.device
     dtype: torch.dtype
     work: Work
+
+    @abstractmethod
+    def scores(self, shown: _Shown, times: torch.Tensor) -> torch.Tensor:
+        """(2n,) at the timesteps ``times`` (2n,), which are all the same."""
+
+    @abstractmethod
+    def needs_latents(self, t: int) -> bool: ...
 
     def margins(self, pairs: Sequence[Pair], timesteps: Sequence[int]) -> dict[int, list[float]]:
         """s_w - s_l of each pair, by timestep."""
         images = torch.stack([_pixels(image) for side in ("winner", "loser") for image in _side(pairs, side)])
-        images = images.to(self.model.device, self.dtype)
         captions = [pair.caption for pair in pairs]
         distinct = list(dict.fromkeys(captions))
-        own = torch.tensor([distinct.index(caption) for caption in captions])
-        texts = self.model.embed_texts(distinct)[own].repeat(2, 1)
-        self.work.text_forwards += len(distinct)
-        noisy_ones = [t for t in timesteps if t > 0]
-        conditioning = self._conditioning(distinct, own, images.shape[-1]) if noisy_ones else None
-        latents = self._latents(images) if noisy_ones else None
+        own = torch.tensor([distinct.index(caption) for caption in captions]).repeat(2)
+        keys = torch.tensor([pair.index for pair in pairs]).repeat(2)
+        shown = _Shown(images.to(self.device, self.dtype), distinct, own, keys)
+        if any(self.needs_latents(t) for t in timesteps):
+            shown.conditioning = self._conditioning(shown)
+            shown.latents = self._latents(shown.images)
         found = {}
         for t in timesteps:
-            times = torch.full((len(images),), t, device=images.device)
-            seen = images
-            if t > 0:
-                assert latents is not None and conditioning is not None
-                seen = self.one_step.images(self._noised(latents, pairs, times), times, conditioning)
-            scores = self.model.score(self.model.embed_images(seen, times), texts)
-            self.work.scorer_forwards += len(images)
-            winner, loser = scores.double().chunk(2)
+            times = torch.full((len(images),), t, device=self.device)
+            winner, loser = self.scores(shown, times).double().chunk(2)
             found[t] = (winner - loser).tolist()
         return found
 
+    def noised(self, shown: _Shown, times: torch.Tensor) -> torch.Tensor:
+        """The latents at a timestep; at 0 as they are."""
+        assert shown.latents is not None
+        t = int(times[0])
+        if t == 0:
+            return shown.latents
+        keys = derive_keys(0, 0, shown.keys, t, "sample").to(shown.latents.device)
+        alphas = self.schedule.alphas_cumprod.to(shown.latents.device, shown.latents.dtype)
+        return add_keyed_noise(shown.latents, keys, times, alphas)
+
     def _latents(self, images: torch.Tensor) -> torch.Tensor:
-        vae = self.one_step.decoder.vae
-        mean = vae.encode(images.to(vae.dtype)).latent_dist.mean.to(self.dtype)
+        mean = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean.to(self.dtype)
         self.work.vae_encodes += len(images)
-        return (mean - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+        return (mean - (getattr(self.vae.config, "shift_factor", None) or 0.0)) * self.vae.config.scaling_factor
 
-    def _noised(self, latents: torch.Tensor, pairs: Sequence[Pair], times: torch.Tensor) -> torch.Tensor:
-        ids = torch.tensor([pair.index for pair in pairs])
-        keys = derive_keys(0, 0, ids, int(times[0]), "sample").repeat(2).to(latents.device)
-        alphas = self.one_step.schedule.alphas_cumprod.to(latents.device, latents.dtype)
-        return add_keyed_noise(latents, keys, times, alphas)
-
-    def _conditioning(self, captions: list[str], own: torch.Tensor, size: int) -> Conditioning:
-        prompt, pooled = self.text.encode(captions)
-        own = own.to(prompt.device).repeat(2)
+    def _conditioning(self, shown: _Shown) -> Conditioning:
+        prompt, pooled = self.text.encode(shown.prompts)
+        own = shown.own.to(prompt.device)
         time_ids = None
         if pooled is not None:
+            size = shown.images.shape[-1]
             row = torch.tensor([size, size, 0, 0, size, size], device=prompt.device, dtype=self.dtype)
             time_ids, pooled = row.repeat(len(own), 1), pooled[own]
         return Conditioning(prompt[own], pooled, time_ids)
+
+
+@dataclass
+class _PictureJudge(_Judge):
+    model: StepPreferenceModel
+    one_step: OneStep
+    texts: tuple[list[str], torch.Tensor] | None = None  # of the newest pairs
+
+    def needs_latents(self, t: int) -> bool:
+        return t > 0
+
+    def scores(self, shown: _Shown, times: torch.Tensor) -> torch.Tensor:
+        seen = shown.images
+        if int(times[0]) > 0:
+            assert shown.conditioning is not None
+            seen = self.one_step.images(self.noised(shown, times), times, shown.conditioning)
+        self.work.scorer_forwards += len(seen)
+        return self.model.score(self.model.embed_images(seen, times), self._texts(shown.prompts)[shown.own])
+
+    def _texts(self, prompts: list[str]) -> torch.Tensor:
+        if self.texts is None or self.texts[0] != prompts:
+            self.texts = prompts, self.model.embed_texts(prompts)
+            self.work.text_forwards += len(prompts)
+        return self.texts[1]
+
+
+@dataclass
+class _LatentJudge(_Judge):
+    model: LatentRewardModel
+    empty: Conditioning
+
+    def needs_latents(self, t: int) -> bool:
+        return True
+
+    def scores(self, shown: _Shown, times: torch.Tensor) -> torch.Tensor:
+        assert shown.conditioning is not None
+        prompts = [shown.prompts[place] for place in shown.own.tolist()]
+        texts = text_rows(shown.conditioning, prompts, self.text.tokenizers[0])
+        rows = self.model.embed_latents(self.noised(shown, times), times, shown.conditioning, self.empty)
+        self.work.scorer_forwards += self.model.rows(len(rows))
+        return self.model.score(rows, self.model.embed_texts(texts))
 
 
 def _open_judge(config: Config, folder: Path | None) -> _Judge:
@@ -145,11 +210,25 @@ def _open_judge(config: Config, folder: Path | None) -> _Judge:
         last = schedule.num_train_timesteps - 1
         raise UserError(f"eval_timesteps has {max(config.eval_timesteps)}, the model's last is {last}", "", "lower it")
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    files = resolve_step_preference(config.scorer if folder is None else str(folder), config.clip)
-    model = load_step_preference(files, device=device, dtype=dtype, seed=config.seed)
     text = load_text_stack(model_dir, DTYPES[config.precision], device)
-    one_step = load_one_step(config, model_dir, device, schedule, text.encode([""]), work)
-    return _Judge(model, one_step, text, dtype, work)
+    prompt, pooled = text.encode([""])
+    if config.method == "lrm":
+        vae = load_vae(model_dir, "fp64" if config.precision == "fp64" else config.vae_precision, device)
+        start = config if folder is None else config.model_copy(update={"scorer": str(folder)})
+        model, _ = open_latent_reward(
+            start,
+            model_dir,
+            device,
+            dtype=dtype,
+            text_width=(prompt if pooled is None else pooled).shape[-1],
+            sizes=[] if start.scorer else [(config.resolution, config.resolution)],  # a UNet takes any size
+            model_fingerprint=model_fingerprint(model_dir),
+        )
+        return _LatentJudge(vae, schedule, text, device, dtype, work, model, Conditioning(prompt, pooled))
+    files = resolve_step_preference(config.scorer if folder is None else str(folder), config.clip)
+    clip = load_step_preference(files, device=device, dtype=dtype, seed=config.seed)
+    one_step = load_one_step(config, model_dir, device, schedule, (prompt, pooled), work)
+    return _PictureJudge(one_step.decoder.vae, schedule, text, device, dtype, work, clip, one_step)
 
 
 def _held_out(config: Config) -> Iterator[Pair]:

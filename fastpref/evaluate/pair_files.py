@@ -48,7 +48,7 @@ class Pair:
 
     def row(self) -> dict[str, Any]:
         """As a record. Which column the winner stands in changes from seed to seed, so position tells nothing."""
-        from fastpref.evaluate.sample import prompt_id
+        from fastpref.models.prompt_book import prompt_id
 
         first = (prompt_id(self.caption) + self.seed) % 2 == 0
         images = (self.winner, self.loser) if first else (self.loser, self.winner)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import math
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -20,16 +18,21 @@ from PIL import Image
 from fastpref.atomic import read_json, write_bytes
 from fastpref.config import Config
 from fastpref.errors import UserError
-from fastpref.evaluate.charts import Chart, Series, draw
+from fastpref.evaluate.charts import Chart
+from fastpref.evaluate.logs import read_metrics
+from fastpref.evaluate.pools import MAX_ROWS, Round, draw_pools, read_rounds, totals
+from fastpref.evaluate.run_charts import metric_charts, round_charts
 from fastpref.evaluate.runner import paired_pictures
 from fastpref.evaluate.sheets import MAX_TILE
-from fastpref.evaluate.words import accuracy_rows, duration, headline, metric_rows, notes, subtitle
+from fastpref.evaluate.words import SCORERS, accuracy_rows, duration, headline, metric_rows, notes, subtitle
 
 _SHOWN = 16  # prompts shown at once; the others unfold
 _PIXEL_ART = 64  # pictures up to this size are enlarged with hard edges
 _PACKAGES = ("fastpref", "fastpref-kernels", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
+_PAGE_WIDTH = 2048  # pixels of the pools' picture on the page: twice the width it is shown at
 _WORK = {
     "unet_forwards": "UNet forwards",
+    "rollout_unet_forwards": "of which in the rollouts",
     "unet_recomputed": "UNet forwards recomputed (gradient checkpointing)",
     "unet_backwards": "UNet backwards",
     "vae_encodes": "VAE encodes",
@@ -40,7 +43,9 @@ _WORK = {
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write ``run_dir/report.html`` from config.yaml, metrics.jsonl, summary.json and samples/, as far as there.
+    """Write ``run_dir/report.html`` from config.yaml, summary.json, the logs and samples/, as far as there.
+
+    Of spo and lpo the pools in ``pools/`` are drawn first where their pictures are missing or older.
 
     Raises:
         UserError: no run directory, a damaged file in it, or a directory that cannot be written.
@@ -53,21 +58,31 @@ def write_report(run_dir: Path) -> Path:
         raise UserError("not what fastpref wrote", str(run_dir / "summary.json"), "restore it, or fastpref evaluate")
     metrics = read_metrics(run_dir / "metrics.jsonl")
     before, after = evaluation.get("before") or {}, evaluation.get("after") or {}
-    cards = _cards(run_dir / "samples")
+    cards, rounds = _cards(run_dir / "samples"), read_rounds(run_dir)
+    pools, undrawn = _pools(run_dir, config, rounds)
+    stepwise = summary.get("stepwise") or (totals(rounds) if rounds else {})
     page = _template().render(
         config=config,
         headline=headline(config, before, after),
         subtitle=subtitle(config, summary),
-        notes=notes(config, metrics, summary, before, after),
+        notes=notes(config, metrics, summary, before, after, rounds),
         shown=cards[:_SHOWN],
         folded=cards[_SHOWN:],
         rows=metric_rows(before, after),
         accuracies=accuracy_rows(before, after),
         left_out=_left_out(before) or _left_out(after),
         details=after.get("details") or before.get("details") or {},
-        charts=[(chart, Markup(chart.svg)) for chart in _charts(config, metrics)],  # drawn here, labels escaped there
-        work=[(label, f"{summary[key]:,}") for key, label in _WORK.items() if summary.get(key)],
-        cost=_cost(summary),
+        judge=SCORERS.get(str(config.get("method"))),
+        rounds=rounds,
+        pools=pools,
+        undrawn=undrawn,
+        stepwise=stepwise,
+        round_charts=_drawn(round_charts(rounds)),
+        charts=_drawn(metric_charts(config, metrics)),
+        work=[
+            (label, f"{(summary | stepwise)[key]:,}") for key, label in _WORK.items() if (summary | stepwise).get(key)
+        ],
+        cost=_cost(summary, stepwise),
         settings=_settings(config),
         versions=_versions(),
         finished=bool(summary),
@@ -76,59 +91,6 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     write_bytes(path, page.encode())
     return path
-
-
-def read_metrics(path: Path) -> dict[str, list[float]]:
-    """``metrics.jsonl`` by column, ascending in step; a resumed run's later line for a step wins; gaps are NaN.
-
-    A last line cut short by a kill is passed over; any other damage is a UserError.
-    """
-    if not path.is_file():
-        return {}
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
-    rows: dict[int, dict[str, Any]] = {}
-    for index, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-            rows[int(row["step"])] = row
-        except (ValueError, KeyError, TypeError):
-            if index < len(lines) - 1:
-                raise UserError(f"line {index + 1} is damaged", str(path), "remove the line") from None
-    columns = dict.fromkeys(key for row in rows.values() for key in row)
-    ordered = [rows[step] for step in sorted(rows)]
-    return {key: [_value(row.get(key)) for row in ordered] for key in columns}
-
-
-def _charts(config: dict[str, Any], metrics: dict[str, list[float]]) -> list[Chart]:
-    steps = metrics.get("step", [])
-    if not steps:
-        return []
-
-    def pair(stem: str) -> list[Series]:
-        return [Series("winner", metrics[f"{stem}_winner"], "a"), Series("loser", metrics[f"{stem}_loser"], "b")]
-
-    charts = []
-    if "loss" in metrics:
-        charts.append(draw("Loss", "", steps, [Series("loss", metrics["loss"], "c")]))
-    for title, stem, note, line in (
-        ("Implicit rewards", "reward", "reference's error − policy's error; above zero the policy is better", 0.0),
-        ("Denoising errors", "err", "mean squared error of the policy", None),
-    ):
-        if f"{stem}_winner" in metrics and f"{stem}_loser" in metrics:
-            charts.append(draw(title, note, steps, pair(stem), line=line))
-    clip = config.get("max_grad_norm")
-    clipping = f"before clipping at {clip:g}" if isinstance(clip, int | float) else "not clipped"
-    for title, key, note, line in (
-        ("Pairwise accuracy", "accuracy", "share of pairs whose winner has the higher reward", 0.5),
-        ("Effective contrasts", "effective_contrasts", "losers that each winner is really compared with", None),
-        ("Gradient norm", "grad_norm", clipping, float(clip) if isinstance(clip, int | float) else None),
-        ("Learning rate", "lr", "", None),
-    ):
-        if any(math.isfinite(value) for value in metrics.get(key, [])):
-            charts.append(
-                draw(title, note, steps, [Series(key.replace("_", " "), metrics[key], "c")], line=line, raw=key == "lr")
-            )
-    return charts
 
 
 def _cards(samples: Path) -> list[dict[str, Any]]:
@@ -156,11 +118,55 @@ def data_uri(file: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _cost(summary: dict[str, Any]) -> list[tuple[str, str]]:
+def _drawn(charts: list[Chart]) -> list[tuple[Chart, Markup]]:
+    """Charts with what is drawn of them, whose labels are escaped already."""
+    return [(chart, Markup(chart.svg)) for chart in charts]
+
+
+def _pools(run_dir: Path, config: dict[str, Any], rounds: list[Round]) -> tuple[list[dict[str, Any]], str]:
+    """The pools' pictures of the first and the newest round, and why there are none."""
+    steps = {round_.number: round_.step for round_ in rounds}
+    drawn, reason = draw_pools(run_dir, str(config.get("model")))
+    shown = drawn if len(drawn) < 3 else [drawn[0], drawn[-1]]
+    entries = []
+    for pool, picture in shown:
+        image, width = _page_uri(picture)
+        count = pool.scores.shape[1]
+        candidates = f"the {count} candidates" if count <= MAX_ROWS else f"{MAX_ROWS} of the {count} candidates"
+        entry = {"pool": pool, "image": image, "width": width, "candidates": candidates}
+        entries.append(entry | {"step": steps.get(pool.number)})
+    return entries, reason
+
+
+def _page_uri(file: Path) -> tuple[str, int]:
+    """A picture that fills the page's width as a data URI, a JPEG where that is smaller, and half its width."""
+    try:
+        with Image.open(file) as image:
+            width, buffer = image.width, io.BytesIO()
+            page = image.convert("RGB")
+            page.thumbnail((_PAGE_WIDTH, _PAGE_WIDTH * 4), Image.Resampling.LANCZOS)
+            page.save(buffer, "JPEG", quality=88)
+    except OSError as error:
+        raise UserError(
+            "cannot read the picture", str(file), "delete it, and fastpref report draws it again"
+        ) from error
+    png = file.read_bytes()
+    kind, data = ("png", png) if len(png) <= buffer.tell() else ("jpeg", buffer.getvalue())
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", width // 2
+
+
+def _cost(summary: dict[str, Any], stepwise: dict[str, Any]) -> list[tuple[str, str]]:
     cost = []
-    for key, label in (("seconds_total", "Total time"), ("seconds_train", "of which training")):
-        if summary.get(key) is not None:
-            cost.append((label, duration(summary[key])))
+    seconds = {
+        "seconds_total": "Total time",
+        "seconds_train": "of which training" if not stepwise else "of which rollouts, scoring and training",
+        "seconds_rollout": "rollouts",
+        "seconds_scoring": "scoring",
+        "seconds_training": "training on the pairs",
+    }
+    for key, label in seconds.items():
+        if (found := (summary | stepwise).get(key)) is not None:
+            cost.append((label, duration(found)))
     if summary.get("samples_seen") is not None:
         cost.append(("Samples seen", f"{summary['samples_seen']:,}"))
     if summary.get("samples_per_second"):
@@ -185,10 +191,6 @@ def _settings(config: dict[str, Any]) -> list[tuple[str, str, bool]]:
 
 def _left_out(result: dict[str, Any]) -> dict[str, str]:
     return (result.get("details") or {}).get("left_out") or {}
-
-
-def _value(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _plain(value: Any) -> Any:

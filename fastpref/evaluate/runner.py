@@ -23,16 +23,16 @@ from fastpref.evaluate.judges import Judges, find_judges
 from fastpref.evaluate.reals import Reals, open_reals
 from fastpref.evaluate.sample import (
     Picture,
-    Work,
     by_prompt,
     generate,
     load_policy_pipeline,
-    prompt_id,
     save_pictures,
 )
 from fastpref.evaluate.sheets import before_after_sheet, contact_sheet, save_png
 from fastpref.evaluate.style import encode, evaluate_style, make_pool
 from fastpref.models.loading import resolve_device
+from fastpref.models.prompt_book import prompt_id
+from fastpref.models.work import Work
 
 INDEX = "index.json"
 METRICS = ("style_share", "style_distance", "prompt_retrieval")
@@ -91,7 +91,8 @@ def evaluate_policy(
     result = _judge(config, pictures, reals, judges)
     details = result.pop("details")
     sampling = {"guidance_scale": config.guidance_scale, "sample_steps": config.sample_steps, "seeds": seeds}
-    return {**result, "details": {**details, **sampling, "seconds_sampling": seconds, "work": asdict(work)}}
+    rows = {key: count for key, count in asdict(work).items() if count}
+    return {**result, "details": {**details, **sampling, "seconds_sampling": seconds, "work": rows}}
 
 
 def evaluate_pictures(config: Config, folder: Path, *, out_dir: Path) -> dict[str, Any]:

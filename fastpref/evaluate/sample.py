@@ -6,7 +6,6 @@ more. The denoising itself is the diffusers pipeline's own call.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,9 @@ from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.evaluate.sheets import contact_sheet, save_png, slugs
 from fastpref.models.loading import DTYPES, load_pipeline, load_unet, resolve_device, resolve_model_dir
+from fastpref.models.prompt_book import prompt_id
+from fastpref.models.timesteps import sampling_scheduler
+from fastpref.models.work import Work
 from fastpref_kernels import derive_keys, keyed_noise
 
 
@@ -33,26 +35,6 @@ class Picture:
     image: Image.Image
 
 
-@dataclass
-class Work:
-    """What sampling cost, in rows; guidance makes two UNet rows of a picture."""
-
-    unet_forwards: int = 0
-    vae_decodes: int = 0
-    text_forwards: int = 0
-
-    def add(self, other: Work) -> None:
-        """Sum up."""
-        self.unet_forwards += other.unet_forwards
-        self.vae_decodes += other.vae_decodes
-        self.text_forwards += other.text_forwards
-
-
-def prompt_id(prompt: str) -> int:
-    """The first 64 bits of the prompt's sha256, as a signed integer."""
-    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big", signed=True)
-
-
 def initial_latents(prompts: Sequence[str], seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
     """Standard normal noise ``(n, *shape)``, fp32, of n (prompt, seed) pairs; row i depends on pair i only."""
     keys = [
@@ -60,17 +42,6 @@ def initial_latents(prompts: Sequence[str], seeds: Sequence[int], shape: tuple[i
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
     return keyed_noise(torch.cat(keys), shape, torch.float32)
-
-
-def sampling_scheduler(noise_scheduler: Any) -> Any:
-    """DDIM over the pipeline's own noise schedule, prediction type and timestep spacing.
-
-    Configs that lack ``clip_sample`` and ``set_alpha_to_one`` get False for both: latents have no range to clip to.
-    """
-    from diffusers import DDIMScheduler
-
-    config = dict(noise_scheduler.config)
-    return DDIMScheduler.from_config({"clip_sample": False, "set_alpha_to_one": False, **config})
 
 
 def latent_shape(pipeline: Any, size: int | None = None) -> tuple[int, int, int]:

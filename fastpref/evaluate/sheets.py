@@ -17,7 +17,7 @@ from fastpref.atomic import make_directory, write_bytes
 
 TILE = 96  # pixels: smaller pictures are enlarged to it by whole factors, larger ones reduced to 256
 MAX_TILE = 256
-_PAPER, _INK, _FAINT = (255, 255, 255), (32, 33, 36), (110, 112, 118)
+PAPER, INK, FAINT = (255, 255, 255), (32, 33, 36), (110, 112, 118)
 _SLUG_BYTES = 80
 
 
@@ -84,10 +84,10 @@ def _page(
     down = -(-len(blocks) // across)
     top = margin + (line + 8 if header else 0)
     size = (2 * margin + across * (block_width + margin) - margin, top + down * (block_height + margin))
-    page = Image.new("RGB", size, _PAPER)
+    page = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(page)
     if header:
-        draw.text((margin, margin - 4), _fit(draw, header, size[0] - 2 * margin, font), fill=_FAINT, font=font)
+        draw.text((margin, margin - 4), fit_text(draw, header, size[0] - 2 * margin, font), fill=FAINT, font=font)
     for index, (block, caption) in enumerate(blocks):
         left, upper = (
             margin + (index % across) * (block_width + margin),
@@ -96,8 +96,8 @@ def _page(
         for r, row in enumerate(block):
             for c, image in enumerate(row):
                 page.paste(display_size(image).convert("RGB"), (left + c * (width + gap), upper + r * (height + gap)))
-        text = _fit(draw, caption, block_width, font)
-        draw.text((left, upper + rows * (height + gap)), text, fill=_INK, font=font)
+        text = fit_text(draw, caption, block_width, font)
+        draw.text((left, upper + rows * (height + gap)), text, fill=INK, font=font)
     return page
 
 
@@ -107,7 +107,9 @@ def _across(count: int, square: float) -> int:
     return min(near or [1], key=lambda n: (-count % n, abs(n - square)))
 
 
-def _fit(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+def fit_text(
+    draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
+) -> str:
     if draw.textlength(text, font=font) <= width:
         return text
     while text and draw.textlength(text + "…", font=font) > width:

@@ -6,14 +6,26 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastpref.evaluate.charts import number
+
+if TYPE_CHECKING:
+    from fastpref.evaluate.pools import Round
+
+SCORERS = {"spm": "step-aware preference model", "lrm": "latent reward model"}
+_STEPWISE = ("spo", "lpo")
 
 
 def headline(config: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> str:
     """What the run did, in one sentence, with the numbers."""
     method = str(config.get("method", "training")).upper()
+    accuracies = [_mean_accuracy(result) for result in (before, after)]
+    if config.get("method") in SCORERS and None not in accuracies:
+        return (
+            f"The {SCORERS[config['method']]} tells the preferred picture in {accuracies[1]:.0%} of held-out pairs, "
+            f"before training in {accuracies[0]:.0%}"
+        )
     shares = before.get("style_share"), after.get("style_share")
     if shares[0] is None or shares[1] is None:
         return f"{method} on {Path(str(config.get('model', '?'))).name}"
@@ -26,7 +38,10 @@ def headline(config: dict[str, Any], before: dict[str, Any], after: dict[str, An
 def subtitle(config: dict[str, Any], summary: dict[str, Any]) -> list[str]:
     """The settings that matter most, each in a few words."""
     words = [f"{config.get('steps', '?')} steps of {config.get('batch_size', '?')} pairs"]
-    if config.get("method") in ("dpo", "rpo"):
+    if config.get("method") in _STEPWISE:
+        words.append(f"K {config.get('candidates')}, threshold {_span(config.get('score_threshold'))}")
+        words.append(f"scored by {config.get('scorer') or config.get('clip')}")
+    if config.get("method") in ("dpo", "rpo", *_STEPWISE):
         words.append(f"β {config.get('beta'):g}")
     if config.get("method") == "rpo":
         words.append(
@@ -109,9 +124,10 @@ def notes(
     summary: dict[str, Any],
     before: dict[str, Any],
     after: dict[str, Any],
+    rounds: Sequence[Round] = (),
 ) -> list[str]:
     """What a reader should know before trusting the numbers."""
-    found = []
+    found = _stepwise_notes(metrics, rounds)
     mean, error = _tail(metrics.get("reward_winner", []))
     if mean < -2 * error and config.get("method") != "sft":
         found.append(
@@ -127,6 +143,43 @@ def notes(
     if summary.get("skipped_steps"):
         found.append(f"{summary['skipped_steps']} steps were skipped because their loss was not finite.")
     return found
+
+
+def _stepwise_notes(metrics: dict[str, list[float]], rounds: Sequence[Round]) -> list[str]:
+    """The same of spo and lpo: likelihood ratios, and which pools were trained on."""
+    found = []
+    mean, error = _tail(metrics.get("ratio_winner", []))
+    if mean < 1 - 2 * error:
+        found.append(
+            f"The winners' likelihood ratio ends below one ({mean:.4g}): the steps preferred have become less likely "
+            "than under the reference, only less so than the others (likelihood displacement)."
+        )
+    clipped = _tail(metrics.get("ratio_clipped", []))[0]
+    if clipped > 0.5:
+        found.append(
+            f"{clipped:.0%} of the likelihood ratios end clipped, and a clipped one gives no gradient. A smaller "
+            "learning rate or fewer prompts a round (rollout_prompts) hold the policy nearer to the one that drew them."
+        )
+    pools, dropped = sum(r.pools for r in rounds), sum(r.dropped for r in rounds)
+    if dropped:
+        found.append(f"{dropped:,} of {pools:,} pools were dropped because a score of theirs was not finite.")
+    if rounds and rounds[-1].pairs_kept < 0.05 * rounds[-1].pools:
+        kept = f"{rounds[-1].pairs_kept:,} of {rounds[-1].pools:,} pools"
+        found.append(
+            f"The last round kept {kept}: the scorer hardly tells the candidates apart any more. A lower "
+            "score_threshold keeps more of them."
+        )
+    return found
+
+
+def _mean_accuracy(result: dict[str, Any]) -> float | None:
+    by_timestep = result.get("pair_accuracy") or {}
+    return statistics.fmean(by_timestep.values()) if by_timestep else None
+
+
+def _span(threshold: Any) -> str:
+    ends = threshold if isinstance(threshold, list | tuple) else [threshold]
+    return " to ".join(f"{end:g}" if isinstance(end, int | float) else "?" for end in ends)
 
 
 def _metric_row(

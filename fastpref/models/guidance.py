@@ -33,12 +33,34 @@ def guided(
     Returns:
         (N, C, H, W) in the dtype of ``noisy``; carries a graph if ``predict`` does.
     """
-    if guidance_scale == 1.0:
-        return predict(noisy, timesteps, conditioning).to(noisy.dtype)
-    both = with_empty(conditioning, empty)
-    prediction = predict(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), both).to(noisy.dtype)
-    without, prompted = prediction.chunk(2)
+    prompted, without = GuidedRows(predict, conditioning, empty, guidance_scale)(noisy, timesteps)
+    prompted = prompted.to(noisy.dtype)
+    if without is None:
+        return prompted
+    without = without.to(noisy.dtype)
     return without + guidance_scale * (prompted - without)
+
+
+class GuidedRows:
+    """Both predictions that guidance combines, for N rows that keep their prompts over many calls.
+
+    Args:
+        conditioning: N rows. empty: one row. guidance_scale: 1 is no guidance, one UNet row each instead of two.
+    """
+
+    def __init__(
+        self, predict: Predict, conditioning: Conditioning, empty: Conditioning, guidance_scale: float
+    ) -> None:
+        self.predict, self.two = predict, guidance_scale != 1.0
+        self.conditioning = with_empty(conditioning, empty) if self.two else conditioning
+
+    def __call__(self, noisy: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(with the prompt, without it or None), each (N, C, H, W) as ``predict`` gives them, from one call."""
+        if not self.two:
+            return self.predict(noisy, timesteps, self.conditioning), None
+        prediction = self.predict(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), self.conditioning)
+        without, prompted = prediction.chunk(2)
+        return prompted, without
 
 
 def with_empty(conditioning: Conditioning, empty: Conditioning) -> Conditioning:

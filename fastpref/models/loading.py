@@ -164,6 +164,12 @@ def load_vae(path: Path, precision: str, device: torch.device) -> AutoencoderKL:
     return vae.to(device).eval().requires_grad_(False)
 
 
+def vae_scale_factor(path: Path) -> int:
+    """Pixels per latent along one side, as the diffusers pipelines count them."""
+    blocks = _read_json(path / "vae" / "config.json").get("block_out_channels", [1])
+    return 2 ** (len(blocks) - 1)
+
+
 def load_unet(path: Path, dtype: torch.dtype, unet: str | None = None) -> UNet2DConditionModel:
     """The UNet of a pipeline folder, or the one in ``unet``: a folder (or its ``unet/``) or a .safetensors file."""
     from diffusers import UNet2DConditionModel

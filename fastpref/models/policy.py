@@ -73,6 +73,11 @@ class Policy:
         with self._autocast(), self._as_reference():
             return self._call(self.reference_unet or self.unet, noisy, timesteps, conditioning)
 
+    def merged(self) -> AbstractContextManager[Any]:
+        """Inside, the LoRA is part of the weights: no low-rank products; afterwards the weights are as before, bit for
+        bit. In half precision the sum is rounded. The targeted layers' weights are held twice meanwhile."""
+        return _Merged(self)
+
     def count_backward(self, rows: int) -> None:
         """Book a backward through ``rows`` rows; with checkpointing the forward inside it was run again."""
         self.backwards += rows
@@ -112,6 +117,30 @@ class _ReferenceAdapter:
                 layer.set_adapter(POLICY_ADAPTER)
             else:
                 layer.enable_adapters(True)
+
+
+class _Merged:
+    """Inside, the weights of the targeted layers have the LoRA added."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.layers = policy._adapters
+        self._before: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def __enter__(self) -> None:
+        for layer in self.layers:
+            weight = layer.get_base_layer().weight
+            self._before.append(weight.data)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            delta = layer.get_delta_weight(POLICY_ADAPTER).to(wide)
+            weight.data = (weight.data.to(wide) + delta).to(weight.dtype)
+            layer.enable_adapters(False)
+
+    def __exit__(self, *_: object) -> None:
+        for layer, before in zip(self.layers, self._before, strict=True):
+            layer.get_base_layer().weight.data = before
+            layer.enable_adapters(True)
+        self._before = []
 
 
 def load_policy(config: Config, model_dir: Path, device: torch.device, *, needs_reference: bool) -> Policy:

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.config import Config
+from fastpref.data.records import read_captions
 from fastpref.data.sampling import Sampler
 from fastpref.data.store import Store
 from fastpref.errors import UserError
 from fastpref.models.loading import NoiseSchedule, load_noise_schedule, model_family, model_fingerprint
+from fastpref.models.timesteps import denoising_steps
+from fastpref.rollout.pool import PoolSampler
 
 
 def open_store(config: Config, model_dir: Path) -> Store:
@@ -37,6 +40,38 @@ def open_schedule(config: Config, model_dir: Path) -> NoiseSchedule:
     if config.timestep_range is not None and config.timestep_range[1] > schedule.num_train_timesteps:
         raise UserError(f"timestep_range ends above {schedule.num_train_timesteps}", "timestep_range", "lower it")
     return schedule
+
+
+def open_pool_sampler(config: Config, model_dir: Path, schedule: NoiseSchedule) -> PoolSampler:
+    """How step-wise methods roll out; refused if no segment of steps lies in ``timestep_range``."""
+    steps = denoising_steps(model_dir, config.sample_steps)
+    low, high = config.timestep_range or (0, schedule.num_train_timesteps)
+    plain = max(config.plain_steps, sum(step.t >= high for step in steps))
+    end = sum(step.t >= low for step in steps)
+    if end - plain <= config.inner_steps:
+        what = f"no segment of {config.inner_steps + 1} steps lies in it behind {config.plain_steps} plain steps"
+        raise UserError(what, "timestep_range", f"the steps are at {[step.t for step in steps]}")
+    return PoolSampler(
+        steps,
+        schedule,
+        plain,
+        end,
+        config.inner_steps,
+        config.candidates,
+        config.guidance_scale,
+        config.eta,
+        config.seed,
+    )
+
+
+def open_prompts(config: Config) -> list[str]:
+    """What step-wise methods draw: ``prompts``, or else the records' captions; no prompt twice."""
+    source = config.prompts or config.records
+    if source == "emoji":
+        from fastpref.emoji import TRAIN_PARQUET
+
+        source = str(TRAIN_PARQUET)
+    return read_captions(source)
 
 
 def check_unet(unet: Any, store: Store, config: Config) -> None:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from fastpref.config import Config
+from fastpref.config_rules import SCORER_METHODS, STEPWISE_METHODS
 from fastpref.errors import UserError
 from fastpref.models.loading import resolve_device, resolve_model_dir
 from fastpref.models.work import Work
@@ -25,6 +26,7 @@ from fastpref.train.telemetry import (
     progress_bar,
 )
 from fastpref.train.trainer import Trainer
+from fastpref.watch import Interrupted, Watch
 
 
 class Stopped(Exception):
@@ -95,15 +97,25 @@ class TrainJob:
         def save(step: int) -> None:
             log.sync()
             tensors, values = trainer.engine.state()
+            more, values["trainer"] = trainer.state()
+            tensors |= {f"trainer.{name}": tensor for name, tensor in more.items()}
             values |= {"counts": list(astuple(trainer.work())), "seconds": spent(), "skipped": trainer.skipped}
             values["seconds_total"] = self.seconds_total()
             save_checkpoint(run_dir / "checkpoints", step, tensors, values, config.keep_checkpoints)
 
         with bar, StopRequest() as stop:
             task = bar.add_task(f"train {config.method}", total=config.steps, completed=start, note="")
+            watch = Watch(lambda note: bar.update(task, note=note), lambda: stop.signal is not None)
+            trainer.begin(run_dir, watch)
             for step in range(start, config.steps):
                 tick = time.perf_counter()
-                metrics = trainer.step(step)
+                try:
+                    metrics = trainer.step(step)
+                except Interrupted:
+                    assert stop.signal is not None
+                    save(step)
+                    log.close()
+                    raise Stopped(stop.signal) from None
                 metrics["seconds"] = time.perf_counter() - tick
                 done = step + 1
                 if done % config.log_every == 0 or done == config.steps:
@@ -134,6 +146,8 @@ class TrainJob:
             )
         try:
             self.trainer.engine.load_state(checkpoint.tensors, checkpoint.values)
+            own = {k.removeprefix("trainer."): v for k, v in checkpoint.tensors.items() if k.startswith("trainer.")}
+            self.trainer.load_state(own, checkpoint.values.get("trainer", {}))
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError("the checkpoint does not fit this model", str(checkpoint.path), str(error)) from error
         self.trainer.restore_work(Work(*checkpoint.values["counts"]))
@@ -143,13 +157,13 @@ class TrainJob:
         return checkpoint.step, float(checkpoint.values["seconds"])
 
     def _summary(self, seconds: float) -> dict[str, Any]:
-        seen = self.config.steps * self.config.batch_size
+        figures = self.trainer.figures(self.config.steps)
         return {
             "method": self.config.method,
             "steps": self.config.steps,
-            "samples_seen": seen,
+            **figures,
             "seconds_train": seconds,
-            "samples_per_second": seen / seconds if seconds else None,
+            "samples_per_second": figures["samples_seen"] / seconds if seconds else None,
             "peak_rss_bytes": peak_rss_bytes(),
             "peak_device_bytes": peak_device_bytes(self.device),
             "world_size": 1,
@@ -159,7 +173,11 @@ class TrainJob:
 
 
 def _open_trainer(config: Config, model_dir: Path, device: torch.device) -> Trainer:
-    if config.method == "spm":
+    if config.method in STEPWISE_METHODS:
+        from fastpref.train import stepwise
+
+        return stepwise.open_trainer(config, model_dir, device)
+    if config.method in SCORER_METHODS:
         from fastpref.train import step_preference
 
         return step_preference.open_trainer(config, model_dir, device)

@@ -18,12 +18,18 @@ FREE_ON_RESUME = frozenset([
     "accumulation", "checkpoint_every", "keep_checkpoints", "log_every", "tracker", "guidance_scale", "sample_steps",
     "eval_records", "eval_prompts", "eval_seeds", "eval_batch_size", "records", "ties", "posterior", "buckets",
     "resolution", "clip", "max_reject_share", "shard_size", "prepare_batch_size", "max_image_pixels",
-    "vae_precision", "max_skipped_steps", "engine", "decode_batch_size", "eval_timesteps",
+    "vae_precision", "max_skipped_steps", "engine", "decode_batch_size", "rollout_batch_size", "eval_timesteps",
     "eval_target_images", "eval_base_images", "eval_style", "eval_clip",
 ])
 # fmt: on
+_STEPWISE = frozenset(["guidance_scale", "sample_steps", "resolution", "records", "clip", "vae_precision"])
 # Of those, what decides the training of a method after all.
-FIXED_BY_METHOD = {"spm": frozenset(["guidance_scale", "clip", "vae_precision"])}
+FIXED_BY_METHOD = {
+    "spm": frozenset(["guidance_scale", "clip", "vae_precision"]),
+    "lrm": frozenset(["guidance_scale", "clip"]),
+    "spo": _STEPWISE,
+    "lpo": _STEPWISE,
+}
 EVALUATION_KEYS = (
     *("guidance_scale", "sample_steps", "eval_records", "eval_prompts", "eval_seeds", "clip"),
     *("eval_timesteps", "eval_target_images", "eval_base_images", "eval_style", "eval_clip"),

@@ -1,15 +1,21 @@
-"""Training the step-aware preference model (SPO, arXiv 2406.04314, section 3.2).
+"""Training what judges denoising steps: the step-aware preference model of SPO (arXiv 2406.04314, section 3.2) and the
+latent reward model of LPO (arXiv 2502.01051).
 
-One optimizer step: draw the global batch; noise winner and loser with the same noise at the same timestep; predict x̂0
-with the frozen base model under guidance, one step; decode; score both pictures against the prompt, conditioned on the
-timestep; cross-entropy with the label, weighted by 1 / (pairs with that prompt), normalised over the global batch. The
-weights are known beforehand and the loss is a sum over pairs, so micro-batches and ranks add up to the exact gradient.
+One optimizer step: draw the global batch; noise winner and loser with the same noise at the same timestep; score both
+against the prompt; cross-entropy with the label, weighted by 1 / (pairs with that prompt), normalised over the global
+batch. The weights are known beforehand and the loss is a sum over pairs, so micro-batches and ranks add up to the exact
+gradient.
+
+The step-aware model is shown the x̂0 that the frozen base model predicts in one guided step, decoded; the latent one
+looks at the noisy latents themselves.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +25,19 @@ from fastpref.config import Config
 from fastpref.data.sampling import BatchPlan, Sampler
 from fastpref.data.store import Store
 from fastpref.errors import UserError
-from fastpref.models.loading import DTYPES, folder_fingerprint
+from fastpref.models.latent_reward import LatentRewardModel, fixed_time_ids, text_rows
+from fastpref.models.latent_reward_file import (
+    FOLDER_NAME as LATENT_FOLDER_NAME,
+)
+from fastpref.models.latent_reward_file import (
+    LatentRewardConfig,
+    is_latent_reward,
+    open_latent_reward,
+    save_latent_reward,
+)
+from fastpref.models.loading import DTYPES, _open, folder_fingerprint
 from fastpref.models.one_step import OneStep, load_one_step
+from fastpref.models.policy import Conditioning
 from fastpref.models.step_preference import StepPreferenceModel
 from fastpref.models.step_preference_file import (
     FOLDER_NAME,
@@ -37,42 +54,78 @@ from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_
 from fastpref.train.trainer import Trainer, take_averages
 
 
-def open_trainer(config: Config, model_dir: Path, device: torch.device) -> StepPreferenceTrainer:
+def open_trainer(config: Config, model_dir: Path, device: torch.device) -> PreferenceTrainer:
     """Check store, models and batch arithmetic, and load what is trained and what is frozen.
 
     Raises:
         UserError: anything that would stop the training later and can be known now.
     """
+    if config.method == "lrm":
+        return _open_latent(config, model_dir, device)
+    if is_latent_reward(config.scorer):
+        todo = "give a CLIP or a step-aware preference model, or use method=lrm"
+        raise UserError("a latent reward model is no start for method spm", str(config.scorer), todo)
     files = resolve_step_preference(config.scorer, config.clip)
     store = open_store(config, model_dir)
     _check_store(config, store, files)
     sampler, schedule, work = open_sampler(config, store), open_schedule(config, model_dir), Work()
-    master = torch.float64 if config.precision == "fp64" else torch.float32
-    model = load_step_preference(files, device=device, dtype=master, seed=config.seed)
+    model = load_step_preference(files, device=device, dtype=_master(config), seed=config.seed)
     model.recompute = config.gradient_checkpointing
     one_step = load_one_step(config, model_dir, device, schedule, store.empty_prompt(), work)
     check_unet(one_step.unet.unet, store, config)
     batches = BatchBuilder(store, schedule, config, device, with_losers=True)
-    engine = LocalEngine(model, config)
-    return StepPreferenceTrainer(config, model, files, one_step, sampler, batches, engine, work)
+    return StepPreferenceTrainer(config, sampler, batches, LocalEngine(model, config), work, model, files, one_step)
+
+
+def _open_latent(config: Config, model_dir: Path, device: torch.device) -> LatentRewardTrainer:
+    from transformers import CLIPTokenizer
+
+    if config.relabel is not None:
+        todo = "remove it: method lrm takes the records' labels"
+        raise UserError("relabel needs the scores of a CLIP", "relabel", todo)
+    store = open_store(config, model_dir)
+    sampler, schedule = open_sampler(config, store), open_schedule(config, model_dir)
+    prompt, pooled = store.empty_prompt()
+    sizes = [(height, width) for width, height in store.manifest.buckets]
+    width, fingerprint = (prompt if pooled is None else pooled).shape[-1], store.manifest.model_fingerprint
+    model, facts = open_latent_reward(
+        config,
+        model_dir,
+        device,
+        dtype=_master(config),
+        text_width=width,
+        sizes=sizes,
+        model_fingerprint=fingerprint,
+    )
+    if config.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    check_unet(model.unet, store, config)
+    tokenizer = _open(partial(CLIPTokenizer.from_pretrained, model_dir / "tokenizer"), model_dir)
+    batches = BatchBuilder(store, schedule, config, device, with_losers=True)
+    empty, engine = Conditioning(prompt, pooled), LocalEngine(model, config)
+    return LatentRewardTrainer(config, sampler, batches, engine, Work(), model, facts, empty, tokenizer)
+
+
+def _master(config: Config) -> torch.dtype:
+    return torch.float64 if config.precision == "fp64" else torch.float32
 
 
 @dataclass
-class StepPreferenceTrainer(Trainer):
-    """All that a step needs; :meth:`step` is the method."""
+class PreferenceTrainer(Trainer):
+    """All that a step needs; :meth:`step` is the method, :meth:`_scores` what the two models differ in."""
 
     config: Config
-    model: StepPreferenceModel
-    files: PreferenceFiles
-    one_step: OneStep
     sampler: Sampler
     batches: BatchBuilder
     engine: Engine
     counted: Work
-    skipped: int = 0
 
     def __post_init__(self) -> None:
-        self._first_scale = self.model.clip.logit_scale.detach().exp().double()
+        self.skipped = 0
+
+    @abstractmethod
+    def _scores(self, batch: PairBatch, captions: list[str]) -> torch.Tensor:
+        """(2, n): the winners' scores and the losers', with their graph."""
 
     def describe(self) -> str:
         return f"{len(self.batches.store)} pairs"
@@ -101,13 +154,35 @@ class StepPreferenceTrainer(Trainer):
         norm, rate = self.update(step, loss)
         return {"step": step + 1, "loss": loss, **_figures(results), "grad_norm": norm, "lr": rate}
 
+    def _labels(self, plan: BatchPlan, rows: slice, batch: PairBatch) -> torch.Tensor:
+        """(n,) probability that the winner is preferred."""
+        return torch.ones(batch.pairs) if batch.label is None else batch.label
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = DTYPES[self.config.precision]
+        if dtype in (torch.float32, torch.float64):
+            return nullcontext()
+        return torch.autocast(self.batches.device.type, dtype=dtype)
+
+
+@dataclass
+class StepPreferenceTrainer(PreferenceTrainer):
+    """Trains a step-aware preference model."""
+
+    model: StepPreferenceModel
+    files: PreferenceFiles
+    one_step: OneStep
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._first_scale = self.model.clip.logit_scale.detach().exp().double()
+
     def export(self, run_dir: Path) -> None:
         """The folder ``step_preference_model/``."""
         take_averages(self.model.trainable, self.engine)
         save_step_preference(self.model, self.files, run_dir / FOLDER_NAME)
 
     def _scores(self, batch: PairBatch, captions: list[str]) -> torch.Tensor:
-        """(2, n): the winners' scores and the losers', with their graph."""
         images = self.one_step.images(batch.noisy, batch.timesteps, batch.conditioning)
         distinct = list(dict.fromkeys(captions))
         place = {caption: row for row, caption in enumerate(distinct)}
@@ -120,19 +195,37 @@ class StepPreferenceTrainer(Trainer):
         return self.model.score(pictures, texts.repeat(2, 1)).view(2, -1)
 
     def _labels(self, plan: BatchPlan, rows: slice, batch: PairBatch) -> torch.Tensor:
-        """(n,) probability that the winner is preferred."""
+        """With ``relabel`` by the scores that the CLIP gave the real pictures before training."""
         if self.config.relabel is None:
-            return torch.ones(batch.pairs) if batch.label is None else batch.label
+            return super()._labels(plan, rows, batch)
         clip = self.batches.store.clip_batch(plan.indices[rows])
         gap = self._first_scale.cpu() * ((clip.image_w - clip.image_l).double() * clip.text.double()).sum(dim=1)
         surplus = torch.tanh(gap / 2)  # p_w - p_l of a softmax over the two scores
         return 0.5 + 0.5 * torch.sign(surplus) * (surplus.abs() > self.config.relabel)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = DTYPES[self.config.precision]
-        if dtype in (torch.float32, torch.float64):
-            return nullcontext()
-        return torch.autocast(self.model.device.type, dtype=dtype)
+
+@dataclass
+class LatentRewardTrainer(PreferenceTrainer):
+    """Trains a latent reward model."""
+
+    model: LatentRewardModel
+    facts: LatentRewardConfig
+    empty: Conditioning  # the encoded empty prompt
+    tokenizer: Any
+
+    def export(self, run_dir: Path) -> None:
+        """The folder ``latent_reward_model/``."""
+        take_averages(self.model.trainable, self.engine)
+        save_latent_reward(self.model, self.facts, run_dir / LATENT_FOLDER_NAME)
+
+    def _scores(self, batch: PairBatch, captions: list[str]) -> torch.Tensor:
+        conditioning = fixed_time_ids(batch.conditioning)
+        texts = text_rows(conditioning, [*captions, *captions], self.tokenizer)
+        with self._autocast():
+            latents = self.model.embed_latents(batch.noisy, batch.timesteps, conditioning, self.empty)
+            texts = self.model.embed_texts(texts)
+        self.counted.scorer_forwards += self.model.rows(batch.rows)
+        return self.model.score(latents, texts).view(2, -1)
 
 
 def _figures(results: torch.Tensor) -> dict[str, float | None]:

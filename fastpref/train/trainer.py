@@ -17,6 +17,7 @@ from fastpref.models.policy import Policy
 from fastpref.models.work import Work
 from fastpref.train.engine import Engine
 from fastpref.train.optim import learning_rate_at
+from fastpref.watch import Watch
 
 
 class Trainer(ABC):
@@ -25,6 +26,20 @@ class Trainer(ABC):
     config: Config
     engine: Engine
     skipped: int  # steps without an update, because loss or gradient was not finite
+
+    def begin(self, run_dir: Path, watch: Watch) -> None:  # noqa: B027 - most trainers need neither
+        """Called once, after a checkpoint was put back and before the first step."""
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and JSON values that a checkpoint has to keep beside the engine's."""
+        return {}, {}
+
+    def load_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:  # noqa: B027
+        """Put back what :meth:`state` gave."""
+
+    def figures(self, steps: int) -> dict[str, Any]:
+        """What ``summary.json`` says of this method's data after ``steps`` optimizer steps."""
+        return {"samples_seen": steps * self.config.batch_size}
 
     @abstractmethod
     def step(self, step: int) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Fused kernels for preference alignment of diffusion models: Triton on GPUs, chunked torch on CPUs."""
 
+from ._keys import PURPOSES, derive_keys, keyed_uniform_u32
 from ._targets import KeyedNoise, KeyedVelocity
 from .ddim_pool import DDIMPool, ddim_pool_step, predict_x0
 from .dpo_loss import PairwiseLoss, dpo_loss
 from .geglu import geglu
 from .group_norm_silu import group_norm_silu
 from .implicit_reward import ImplicitReward, implicit_reward, implicit_reward_parts
-from .keyed_noise import PURPOSES, add_keyed_noise, derive_keys, keyed_noise, keyed_uniform_u32
+from .keyed_noise import add_keyed_noise, keyed_noise
 from .lora_linear import lora_linear
 from .paired_preference_loss import PairedPreferenceLoss, paired_preference_loss
 from .patch import PatchCounts, patch_unet, unpatch_unet

@@ -50,3 +50,8 @@ def empty_dense(x: Tensor, channels_last: bool) -> Tensor:
 def as_dense(x: Tensor, channels_last: bool) -> Tensor:
     """x itself if it is dense in that order, else a copy."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(..., K) as (rows, K)."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)

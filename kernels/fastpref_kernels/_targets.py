@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ._checks import check_device, check_like
 from ._dispatch import jit, tl, use_triton
+from ._keys import check_keys
 from ._philox import _normals
-from .keyed_noise import _launch_noise, _schedule, check_keys
+from .keyed_noise import _launch_noise, _schedule
 
 
 @dataclass(frozen=True, eq=False)

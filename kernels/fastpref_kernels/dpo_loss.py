@@ -106,10 +106,13 @@ def _(reward_w, reward_l, beta, label_smoothing):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # no zeros, a launch each, for the outputs that nobody differentiates
     ctx.save_for_backward(output[2], output[3])
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return None, None, None, None
     grad_w, grad_l = ctx.saved_tensors
     return grad_loss * grad_w, grad_loss * grad_l, None, None
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ._checks import check_device, check_floating, check_like, check_timesteps
 from ._dispatch import accumulation_dtype, use_triton
-from ._reward_kernels import launch_backward, launch_forward
+from ._reward_launch import launch_backward, launch_forward
 from ._targets import Source, Target, source_of, with_device_noise
 from .cpu import implicit_reward as torch_path
 
@@ -103,10 +103,13 @@ def _(grad, factor, pred, target, keys, timesteps, alphas_cumprod):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # no zeros, a launch each, for the outputs that nobody differentiates
     ctx.save_for_backward(*inputs[:5])
 
 
-def _backward(ctx: Any, grad_reward: Tensor, grad_error: Tensor, grad_cross: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_reward: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_reward is None:
+        return (None,) * 8
     return implicit_reward_backward(grad_reward, None, *ctx.saved_tensors), *[None] * 7
 
 

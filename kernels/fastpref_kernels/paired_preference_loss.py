@@ -20,16 +20,12 @@ import torch
 from torch import Tensor
 
 from ._checks import check_contrasts, check_positive, check_timesteps
-from ._dispatch import accumulation_dtype, jit, tl, use_triton
-from ._reward_kernels import arguments, chunk_sums
-from ._rpo_kernels import inverse_norm
+from ._dispatch import accumulation_dtype, use_triton
+from ._paired_kernels import launch
 from ._targets import Source, Target, source_of, with_device_noise
 from .cpu import paired_preference_loss as torch_path
-from .dpo_loss import Rewards, check_label_smoothing
-from .dpo_loss import launch as launch_dpo
+from .dpo_loss import check_label_smoothing
 from .implicit_reward import check_reference, implicit_reward_backward
-from .rpo_loss import Similarity, norm_block
-from .rpo_loss import launch as launch_rpo
 
 
 class PairedPreferenceLoss(NamedTuple):
@@ -42,138 +38,6 @@ class PairedPreferenceLoss(NamedTuple):
     effective_contrasts: Tensor
     accuracy: Tensor
     reward: Tensor
-
-
-@jit
-def _paired_chunk_kernel(
-    pred_ptr,
-    target_ptr,
-    ref_ptr,
-    keys_ptr,
-    timesteps_ptr,
-    alphas_ptr,
-    ref_error_ptr,
-    partial_ptr,
-    emb_w_ptr,
-    emb_l_ptr,
-    norm_ptr,
-    n_pairs,
-    n_chunks,
-    dim,
-    ref_error_stride,
-    emb_w_row,
-    emb_w_d,
-    emb_l_row,
-    emb_l_d,
-    n_elements,
-    chunk_size,
-    n_timesteps,
-    size_1,
-    size_2,
-    pred_row,
-    pred_0,
-    pred_1,
-    pred_2,
-    target_row,
-    target_0,
-    target_1,
-    target_2,
-    ref_row,
-    ref_0,
-    ref_1,
-    ref_2,
-    HAS_REF: tl.constexpr,
-    HAS_REF_ERROR: tl.constexpr,
-    HAS_EMB: tl.constexpr,
-    KEYED: tl.constexpr,
-    VELOCITY: tl.constexpr,
-    STRIDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """A program per row and chunk: partial (2N, chunks) of the reward times C*H*W. The first of a row also adds the
-    stored error of the reference, and takes the inverse norm of its embedding."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // n_chunks
-    chunk = program % n_chunks
-    reward, error, _ = chunk_sums(
-        pred_ptr,
-        target_ptr,
-        ref_ptr,
-        (keys_ptr, timesteps_ptr, alphas_ptr, n_timesteps),
-        row,
-        chunk,
-        n_pairs,
-        n_elements,
-        chunk_size,
-        (size_1, size_2),
-        (pred_row, pred_0, pred_1, pred_2),
-        (target_row, target_0, target_1, target_2),
-        (ref_row, ref_0, ref_1, ref_2),
-        HAS_REF,
-        False,
-        KEYED,
-        VELOCITY,
-        STRIDED,
-        BLOCK_SIZE,
-    )
-    if not HAS_REF:
-        reward = -error
-    if HAS_REF_ERROR:
-        ref_error = tl.load(ref_error_ptr + row * ref_error_stride).to(tl.float32)
-        reward += tl.where(chunk == 0, ref_error * n_elements, 0.0)
-    tl.store(partial_ptr + program, reward)
-    if HAS_EMB:  # noqa: SIM102 (a constant, and a condition at run time)
-        if chunk == 0:
-            if row < n_pairs:
-                tl.store(norm_ptr + row, inverse_norm(emb_w_ptr, row, emb_w_row, emb_w_d, dim, BLOCK_D))
-            else:
-                norm = inverse_norm(emb_l_ptr, row - n_pairs, emb_l_row, emb_l_d, dim, BLOCK_D)
-                tl.store(norm_ptr + row, norm)
-
-
-def _launch(
-    pred: Tensor,
-    source: Source,
-    ref_pred: Tensor | None,
-    ref_error: Tensor | None,
-    emb_w: Tensor | None,
-    emb_l: Tensor | None,
-    settings: torch_path.Settings,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, effective contrasts, accuracy, reward (2N,), dL/dreward (2N,)) in two (DPO) or three (RPO) launches."""
-    n_rows, (pointers, numbers, flags, n_chunks) = pred.shape[0], arguments(pred, source, ref_pred)
-    n_pairs = n_rows // 2
-    partial = torch.empty(n_rows, n_chunks, dtype=torch.float32, device=pred.device)
-    slope = torch.empty(n_rows, dtype=torch.float32, device=pred.device)
-    norm = None if emb_w is None else torch.empty_like(slope)
-    embeddings, strides, dim = (slope, slope, slope), (0, 0, 0, 0), 0  # never read
-    if emb_w is not None and emb_l is not None and norm is not None:
-        embeddings, strides, dim = (emb_w, emb_l, norm), (*emb_w.stride(), *emb_l.stride()), emb_w.shape[1]
-    _paired_chunk_kernel[(n_rows * n_chunks,)](
-        *pointers,
-        slope if ref_error is None else ref_error,
-        partial,
-        *embeddings,
-        n_pairs,
-        n_chunks,
-        dim,
-        0 if ref_error is None else ref_error.stride(0),
-        *strides,
-        *numbers,
-        HAS_REF=ref_pred is not None,
-        HAS_REF_ERROR=ref_error is not None,
-        HAS_EMB=norm is not None,
-        BLOCK_D=norm_block(dim),
-        **flags,
-    )
-    winners, losers = (Rewards(x, 1.0 / numbers[0]) for x in (partial[:n_pairs], partial[n_pairs:]))
-    grads = slope[:n_pairs], slope[n_pairs:]
-    beta, label_smoothing, temperature, weight, groups = settings
-    if weight == "dpo":
-        return *launch_dpo(winners, losers, *grads, beta, label_smoothing), slope
-    similarity = Similarity(emb_w, emb_l, norm, temperature, weight, groups)
-    return *launch_rpo(winners, losers, similarity, *grads, beta), slope
 
 
 @torch.library.custom_op(
@@ -201,13 +65,13 @@ def _paired_preference_loss(
     weight: str,
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `_launch`; weight is "dpo" or one of `rpo_loss`."""
+    """As `launch`; weight is "dpo" or one of `rpo_loss`."""
     source = Source(target, keys, timesteps, alphas_cumprod)
     settings = torch_path.Settings(beta, label_smoothing, temperature, weight, groups)
     if timesteps is not None and alphas_cumprod is not None:
         check_timesteps("paired_preference_loss", timesteps, alphas_cumprod)
     if use_triton(pred):
-        return _launch(pred, source, ref_pred, ref_error, emb_w, emb_l, settings)
+        return launch(pred, source, ref_pred, ref_error, emb_w, emb_l, settings)
     source = with_device_noise(source, pred)
     return torch_path.forward(pred, source, ref_pred, ref_error, emb_w, emb_l, settings)
 
@@ -219,10 +83,13 @@ def _(pred, target, keys, timesteps, alphas_cumprod, ref_pred, ref_error, emb_w,
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # no zeros, a launch each, for the outputs that nobody differentiates
     ctx.save_for_backward(output[4], *inputs[:5])
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 14
     slope, *inputs = ctx.saved_tensors
     return implicit_reward_backward(slope, grad_loss, *inputs), *[None] * 13
 

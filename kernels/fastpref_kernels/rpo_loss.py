@@ -12,7 +12,7 @@ Memory: O(M + N); no contrast matrix is stored. Three launches: the embeddings' 
 softmax, which gives the loss and dL/dreward_w in one walk over the losers ("inside" in two); a column kernel that
 recomputes the weights from the rows' maxima and sums, gives dL/dreward_l and takes the means. No float atomics.
 Bytes: 2 * BLOCK * D embedding elements per tile of BLOCK x BLOCK contrasts, twice ("inside" three times); the backward
-multiplies the stored gradients, 12 bytes per row.
+multiplies the stored gradients, 8 bytes per reward.
 Source: Diffusion-RPO, arXiv 2406.06382; "inside" is the form of RPO for language models, arXiv 2402.10958."""
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
@@ -168,10 +168,13 @@ def _(reward_w, reward_l, emb_w, emb_l, beta, temperature, weight, groups):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # no zeros, a launch each, for the outputs that nobody differentiates
     ctx.save_for_backward(output[3], output[4])
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return None, None, None, None, None, None, None, None
     grad_w, grad_l = ctx.saved_tensors
     return grad_loss * grad_w, grad_loss * grad_l, None, None, None, None, None, None
 

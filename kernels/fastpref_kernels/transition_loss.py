@@ -37,7 +37,7 @@ from ._ddim import (
     make_step,
 )
 from ._dispatch import accumulation_dtype, use_triton
-from ._transition_kernels import launch_backward, launch_forward
+from ._transition_launch import launch_backward, launch_forward
 from .cpu import transition_loss as torch_path
 
 
@@ -103,11 +103,14 @@ def _(*inputs):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # no zeros, a launch each, for the outputs that nobody differentiates
     ctx.save_for_backward(output[5], *inputs[:2], *inputs[4:10])
     ctx.numbers = inputs[10:-3]
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 19
     grads = _transition_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.numbers)
     return *grads, *[None] * (19 - len(grads))
 

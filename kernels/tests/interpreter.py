@@ -1,11 +1,12 @@
 """The Triton interpreter, mended for tests (written against triton 3.7.1).
 
-As shipped it truncates fp32 to bf16 where a GPU rounds to nearest even, does bf16 arithmetic on the raw bits, reads
-and writes outside its tensors in silence, and runs programs one after the other, so that one may read what another
-wrote. After `install()` the casts round as hardware does, arithmetic or a reduction in bf16 is an error (kernels
-upcast on load), and so is any unmasked access outside the tensors given to the launch (`OutOfBounds`), and any element
-that one program writes and another program of the launch reads or writes (`Race`). `traffic()` counts the bytes of
-every launch, `only()` runs a few programs of a grid too large to interpret.
+As shipped it truncates fp32 to bf16 where a GPU rounds to nearest even, does bf16 arithmetic and matrix products on
+the raw bits, reads and writes outside its tensors in silence, and runs programs one after the other, so that one may
+read what another wrote. After `install()` the casts round as hardware does, `tl.dot` of bf16 has exact products and
+fp32 sums as on tensor cores, other arithmetic or a reduction in bf16 is an error (kernels upcast on load), and so is
+any unmasked access outside the tensors given to the launch (`OutOfBounds`), and any element that one program writes
+and another program of the launch reads or writes (`Race`). `traffic()` counts the bytes of every launch, `only()` runs
+a few programs of a grid too large to interpret.
 """
 
 from __future__ import annotations
@@ -131,6 +132,16 @@ def _refuse_bf16(original: Callable[..., Any]) -> Callable[..., Any]:
     return binary_op
 
 
+def _bf16_products(original: Callable[..., Any]) -> Callable[..., Any]:
+    def upcast(x: Any) -> Any:
+        return shipped.TensorHandle(bf16_to_fp32(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return original(self, upcast(a), upcast(b), *rest)
+
+    return create_dot
+
+
 def _refuse_bf16_reduction(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply_impl(self: Any, inputs: Any) -> Any:
         if inputs[0].handle.dtype.scalar == tl.bfloat16:
@@ -247,6 +258,7 @@ def install() -> None:
     _installed = True
     _wrap(shipped.InterpreterBuilder, "cast_impl", _rounding_cast)
     _wrap(shipped.InterpreterBuilder, "binary_op", _refuse_bf16)
+    _wrap(shipped.InterpreterBuilder, "create_dot", _bf16_products)
     _wrap(shipped.InterpreterBuilder, "create_masked_load", _watched_load)
     _wrap(shipped.InterpreterBuilder, "create_masked_store", _watched_store)
     _wrap(shipped.InterpreterBuilder, "create_atomic_rmw", _refuse_atomics)

@@ -14,7 +14,7 @@ from transitions import ALPHAS_CUMPROD, TransitionBatch, keys_for, pool_batch
 
 from fastpref_kernels import _ddim_pool_kernels as pool_kernels
 from fastpref_kernels import _dispatch, ddim_pool_step, transition_loss
-from fastpref_kernels import _transition_kernels as loss_kernels
+from fastpref_kernels import _transition_launch as loss_launch
 from fastpref_kernels._ddim import Step
 
 
@@ -97,12 +97,10 @@ def test_loss_bytes_per_element(stacked: bool, with_guidance: bool, forward: int
     elements, rows = batch.x_t.numel(), batch.x_t.shape[0]
     latents, step = (batch.x_t, batch.x_w, batch.x_l), Step(None, None, 501, 451, 5.0, 1.0, -1.0, False)
     with _dispatch.triton_on_cpu(), traffic() as launches:
-        loss_kernels.launch_forward((*batch.policy, *batch.reference), latents, ALPHAS_CUMPROD, step, 10.0, -0.1, 0.1)
+        loss_launch.launch_forward((*batch.policy, *batch.reference), latents, ALPHAS_CUMPROD, step, 10.0, -0.1, 0.1)
         for slopes in ([-0.5, 0.5], [0.0, 0.5], [0.0, 0.0]):
             rows_of_slopes = torch.tensor(slopes).unsqueeze(1).expand(2, batch.pairs).contiguous()
-            loss_kernels.launch_backward(
-                torch.tensor(1.0), rows_of_slopes, *batch.policy, latents, ALPHAS_CUMPROD, step
-            )
+            loss_launch.launch_backward(torch.tensor(1.0), rows_of_slopes, *batch.policy, latents, ALPHAS_CUMPROD, step)
     assert [launch.kernel for launch in launches] == [
         "_transition_chunk_kernel",
         "_transition_pair_kernel",
@@ -118,8 +116,8 @@ def test_loss_offsets_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> Non
     """Rows so long that only the last block differs from 0, which one large block covers."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     for name, value in (("_BLOCK", 1 << 20), ("_MAX_CHUNKS", 4096), ("_PAIR_TILES", {4096: 1})):
-        monkeypatch.setattr(loss_kernels, name, value)
-    monkeypatch.setattr(loss_kernels.torch, "empty", torch.zeros)  # the sums of the chunks that do not run
+        monkeypatch.setattr(loss_launch, name, value)
+    monkeypatch.setattr(loss_launch.torch, "empty", torch.zeros)  # the sums of the chunks that do not run
     tails = [(scale * torch.randn(100)).bfloat16() for scale in (2000, 2000, 1, 2000)]
     cond, x_t, x_w, x_l = (far(tail) for tail in tails)
     step, latents = Step(None, None, 501, 451, 1.0, 1.0, -1.0, False), (x_t, x_w, x_l)
@@ -133,10 +131,10 @@ def test_loss_offsets_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     with _dispatch.triton_on_cpu(), only(lambda program: program in [(0, 0, 0), (0, 2048, 0), (2048, 0, 0)]):
         reference = far(torch.zeros(1).bfloat16())
-        found = loss_kernels.launch_forward(
+        found = loss_launch.launch_forward(
             (cond, None, reference, None), latents, ALPHAS_CUMPROD, step, 10.0, -9.0, 9.0
         )
-        (grad,) = loss_kernels.launch_backward(
+        (grad,) = loss_launch.launch_backward(
             torch.tensor(1.0), torch.tensor([[-2.0], [3.0]]), cond, None, latents, ALPHAS_CUMPROD, step
         )
     assert found[1].item() == pytest.approx(expected[0].exp().item(), rel=1e-5) and abs(found[1].item() - 1) > 0.01

@@ -84,6 +84,23 @@ def test_many_tiles_and_chunks(path: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert_close(x.grad, exact.grad, scale=4.0)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("chunk", [1, 80, 250, 700])
+def test_cpu_path_takes_half_types_in_chunks(chunk: int, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of a sample (40 elements each), samples (240) or several at a time: the same to the last bit but for sums
+    over samples."""
+    x, weight, bias, grad = torch.randn(5, 12, 4, 5), torch.randn(12), torch.randn(12), torch.randn(5, 12, 4, 5)
+    results = []
+    for size in (chunk, 1 << 18):
+        monkeypatch.setattr(module.torch_path, "_CHUNK", size)
+        leaves = [t.bfloat16().requires_grad_() for t in (channels_last(x) if last else x, weight, bias)]
+        out = group_norm_silu(leaves[0], 6, *leaves[1:])
+        results.append((out, *torch.autograd.grad(out, leaves, grad.bfloat16())))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    for chunked, whole in zip(results[0][2:], results[1][2:], strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=2.0**-7, atol=1e-5)
+
+
 def test_a_large_mean_keeps_its_variance(path: str) -> None:
     """E[x^2] - mean^2 in fp32 would be off by a fifth at a mean of a thousand standard deviations."""
     x = torch.randn(1, 4, 8, 8) + 1000

@@ -41,6 +41,13 @@ def _add_kernel(x_ptr, out_ptr):
     tl.atomic_add(out_ptr, tl.load(x_ptr + tl.program_id(0)))
 
 
+@jit
+def _matmul_kernel(x_ptr, y_ptr, out_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    place = i[:, None] * SIZE + i[None, :]
+    tl.store(out_ptr + place, tl.dot(tl.load(x_ptr + place), tl.load(y_ptr + place)))
+
+
 def test_bf16_casts_round_to_nearest_even() -> None:
     x = torch.cat([torch.randn(60), torch.tensor([torch.inf, -torch.inf, 3.4e38, torch.nan])])
     out = torch.empty(64, dtype=torch.bfloat16)
@@ -57,6 +64,13 @@ def test_bf16_arithmetic_is_refused(kernel) -> None:
     x = torch.ones(8, dtype=torch.bfloat16)
     with pytest.raises(InterpreterError, match=r"upcast"):
         kernel[(1,)](x, torch.empty_like(x), BLOCK_SIZE=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_matrix_products_are_exact_and_sums_fp32(dtype: torch.dtype) -> None:
+    x, y, out = torch.randn(16, 16).to(dtype), torch.randn(16, 16).to(dtype), torch.empty(16, 16)
+    _matmul_kernel[(1,)](x, y, out, SIZE=16)
+    torch.testing.assert_close(out.double(), x.double() @ y.double(), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize(("read", "written"), [(7, 8), (8, 7)])

@@ -11,7 +11,7 @@ from sparse import FAR, far_rows
 from tolerances import assert_close
 
 from fastpref_kernels import KeyedNoise, KeyedVelocity, _dispatch, implicit_reward, implicit_reward_parts, keyed_noise
-from fastpref_kernels._reward_kernels import block, split
+from fastpref_kernels._reward_launch import block, split
 from fastpref_kernels._strides import layout_of
 
 ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)

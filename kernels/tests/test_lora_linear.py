@@ -2,12 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import interpreter
 import pytest
 import torch
-import triton.language as tl
 from reference import lora_linear as oracle
-from triton.runtime import interpreter as shipped
 
 from fastpref_kernels import lora_linear
 
@@ -22,22 +19,6 @@ DTYPES = [
     (torch.float16, torch.float16),
 ]
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-
-
-@pytest.fixture(autouse=True)
-def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """tl.dot of bf16 as tensor cores do it, products exact and sums fp32; as shipped it multiplies the raw bits."""
-    create_dot = shipped.InterpreterBuilder.create_dot
-
-    def upcast(x: shipped.TensorHandle) -> shipped.TensorHandle:
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return shipped.TensorHandle(interpreter.bf16_to_fp32(x.data), tl.float32)
-
-    def mended(self: object, a: shipped.TensorHandle, b: shipped.TensorHandle, *rest: object) -> shipped.TensorHandle:
-        return create_dot(self, upcast(a), upcast(b), *rest)
-
-    monkeypatch.setattr(shipped.InterpreterBuilder, "create_dot", mended)
 
 
 def layer(k: int, o: int, r: int, dtype: torch.dtype, lora: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -151,7 +151,7 @@ def test_launches_forward_and_backward(monkeypatch: pytest.MonkeyPatch, name: st
         return run
 
     ops, package = sys.modules, "fastpref_kernels."
-    for module, name_ in (("paired_preference_loss", "_launch"), ("implicit_reward", "launch_backward")):
+    for module, name_ in (("paired_preference_loss", "launch"), ("implicit_reward", "launch_backward")):
         monkeypatch.setattr(ops[package + module], name_, watched(getattr(ops[package + module], name_)))
     monkeypatch.setattr(GridExecutor, "__call__", unwatched(GridExecutor.__call__))
     pred, ref_pred, target = inputs(6)

@@ -218,15 +218,14 @@ def test_autocast_is_as_close_as_torch() -> None:
     assert distances[1] <= 1.5 * distances[0]
 
 
-def test_compiles() -> None:
-    unet = make_unet()
-    block = unet.down_blocks[0].resnets[0]
-    x, temb = torch.randn(2, 8, 8, 8), torch.randn(2, 32)
-    expected = block(x, temb)
+def test_compiles_as_one_graph() -> None:
+    """The whole UNet, with its gradients."""
+    unet = make_unet(mid_block_type=None)
+    expected = run_with_gradients(unet)
     patch_unet(unet)
     torch._dynamo.reset()
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(x, temb), expected, scale=10.0)
+    unet.compile(fullgraph=True, backend="aot_eager")
+    assert_same(unet, expected)
 
 
 def test_with_the_kernels_interpreted(path: str) -> None:

@@ -9,9 +9,9 @@ from reference.ddim_pool import ddim_step
 from tolerances import assert_close
 from transitions import ALPHAS_CUMPROD, DTYPES, TransitionBatch
 
-from fastpref_kernels import _dispatch, _transition_kernels, transition_loss
+from fastpref_kernels import _dispatch, _transition_launch, transition_loss
 from fastpref_kernels._ddim import PER_ROW, Step
-from fastpref_kernels._transition_kernels import launch_forward
+from fastpref_kernels._transition_launch import launch_forward
 
 SHAPES = [(1,), (3, 7, 5), (4, 16, 16), (2, 24, 25)]
 
@@ -300,12 +300,12 @@ def test_kernel_gives_nan_for_timesteps_out_of_range() -> None:
 
 
 def test_many_chunks_of_several_blocks(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_transition_kernels, "_MAX_CHUNKS", 4)
+    monkeypatch.setattr(_transition_launch, "_MAX_CHUNKS", 4)
     compare(TransitionBatch((9 * 1024 + 5,), pairs=2), clip=None)
 
 
 def test_more_pairs_than_a_tile_of_the_second_stage(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_transition_kernels._PAIR_TILES, 16, 4)
+    monkeypatch.setitem(_transition_launch._PAIR_TILES, 16, 4)
     compare(TransitionBatch((2, 9), pairs=11))
 
 

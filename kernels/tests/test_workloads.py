@@ -8,6 +8,7 @@ from importlib import import_module
 import interpreter
 import pytest
 import torch
+from eager import Eager
 from gpu.workloads import WORKLOADS, Workload, gradients, leaves
 
 import fastpref_kernels as fp
@@ -48,12 +49,75 @@ def counted(w: Workload) -> tuple[float, float]:
 def test_bytes_are_those_of_the_docstring(triton_path: None, name: str) -> None:
     """Sums and row scalars may add 3 %."""
     w = WORKLOADS[name]
-    text = re.sub(r"\s+", " ", import_module(getattr(fp, w.op).__module__).__doc__ or "")
-    assert re.sub(r"\s+", " ", w.stated) in text
+    assert states(w.op, re.sub(r"\s+", " ", w.stated))
     forward, backward = counted(w)
     assert w.forward is not None and w.forward <= forward < 1.03 * w.forward
     if w.backward is not None:
         assert w.backward <= backward < 1.03 * w.backward
+
+
+def test_bytes_of_the_paired_loss(triton_path: None) -> None:
+    """Its first and its last launch walk the predictions; those between read sums of chunks."""
+    assert states("paired_preference_loss", "Bytes per element as in `implicit_reward`")
+    pred, ref_pred = torch.randn(2, 2, 4, 64, 64).bfloat16().unbind()
+    with interpreter.traffic() as launches:
+        fp.paired_preference_loss(
+            pred.requires_grad_(), ref_pred, fp.KeyedNoise(torch.arange(2)), beta=1.0
+        ).loss.backward()
+    for launch in (launches[0], launches[-1]):
+        assert 4 <= (launch.read + launch.written) / pred.numel() < 1.03 * 4
+
+
+def states(op: str, text: str) -> bool:
+    """The docstring of an op's module has this text, line breaks apart."""
+    module = import_module(getattr(fp, op).__module__)
+    return text in re.sub(r"\s+", " ", module.__doc__ or "")
+
+
+@pytest.mark.parametrize("name", ["dpo_loss", "rpo_loss[outside]"])
+def test_bytes_of_a_loss_s_backward(name: str) -> None:
+    """A product of each stored gradient with the scalar that comes in: 4 bytes read and 4 written a reward."""
+    w = WORKLOADS[name]
+    assert states(w.op, "forward 24 (two reads; both rewards and both derivatives written), backward 16.") or states(
+        w.op, "the backward multiplies the stored gradients, 8 bytes per reward."
+    )
+    inputs = leaves(w.make((64, 8), torch.float32, "cpu"), w.wrt)
+    (loss,) = w.run(inputs)
+    with Eager() as eager:
+        torch.autograd.grad(loss, [inputs[x] for x in w.wrt])
+    assert 8 * 2 * 64 <= eager.moved <= 8 * 2 * 64 + 16
+
+
+@pytest.mark.parametrize(("weight", "walks"), [("outside", 2), ("inside", 3), ("uniform", 0)])
+def test_bytes_of_the_embeddings_of_rpo(triton_path: None, weight: str, walks: int) -> None:
+    """65 x 40 contrasts are 3 x 2 tiles of 32; besides, each embedding is read once for its norm."""
+    assert states(
+        "rpo_loss", '2 * BLOCK * D embedding elements per tile of BLOCK x BLOCK contrasts, twice ("inside" th'
+    )
+    dim, tiles = 96, 3 * 2
+    emb_w, emb_l = torch.randn(65, dim).bfloat16(), torch.randn(40, dim).bfloat16()
+    with interpreter.traffic() as launches:
+        fp.rpo_loss(torch.randn(65), torch.randn(40), emb_w, emb_l, beta=1.0, temperature=0.5, weight=weight)
+    stated = 2 * (walks * tiles * 2 * 32 * dim + (65 + 40) * dim if walks else 0)
+    moved = sum(x.read + x.written for x in launches)
+    numbers = 4 * 16 * tiles * 32  # of the tiles' rows and columns: rewards, norms, state
+    assert stated <= moved <= stated + numbers
+
+
+def test_bytes_of_the_low_rank_product(triton_path: None) -> None:
+    """The kernel writes y and nothing else of its size; BLAS into y moves 6 bytes an element, step by step 14."""
+    assert states("lora_linear", "besides the operands, which every way reads: 2, against 6 of BLAS calls")
+    w = WORKLOADS["lora_linear"]
+    inputs = w.make(w.shape, torch.bfloat16, "cpu")
+    rows, _, columns, rank = w.shape
+    with interpreter.traffic() as launches:
+        w.run(inputs)
+    assert [x.written for x in launches] == [2 * rows * columns]
+    linear, x = torch.nn.functional.linear, inputs["x"]
+    with Eager() as eager:
+        linear(x, inputs["weight"]) + linear(linear(x, inputs["lora_a"]), inputs["lora_b"]) * 0.5
+    operands = 2 * (sum(x.numel() for x in inputs.values()) + x.numel() + 2 * rows * rank)
+    assert eager.moved - operands == 14 * rows * columns
 
 
 def test_a_wrong_byte_count_is_caught(triton_path: None) -> None:
@@ -77,6 +141,16 @@ def test_at_most_four_launches_for_a_paired_loss(triton_path: None, kind: str) -
             pred, ref_pred, fp.KeyedNoise(torch.arange(8)), beta=2.0, kind=kind, **emb
         ).loss.backward()
     assert len(launches) == (4 if kind == "rpo" else 3)
+
+
+def test_a_backward_launches_nothing_but_its_own(triton_path: None) -> None:
+    """No zeros are written for the outputs that are not differentiated."""
+    pred, ref_pred = torch.randn(8, 40, requires_grad=True), torch.randn(8, 40)
+    loss = fp.paired_preference_loss(pred, ref_pred, fp.KeyedNoise(torch.arange(8)), beta=2.0).loss
+    one = torch.ones(())
+    with Eager() as eager:
+        torch.autograd.grad(loss, pred, one)
+    assert eager.launches == 1
 
 
 LATENTS = ["add_keyed_noise", "paired_preference_loss[dpo,noise]"]

@@ -15,8 +15,9 @@ from PIL import Image
 from fastpref.config import parse_config, save_config
 from fastpref.errors import UserError
 from fastpref.evaluate.charts import Series, draw, number, smooth, ticks
-from fastpref.evaluate.report import data_uri, read_metrics, write_report
-from fastpref.evaluate.words import duration, headline, metric_rows, notes
+from fastpref.evaluate.logs import read_metrics
+from fastpref.evaluate.report import data_uri, write_report
+from fastpref.evaluate.words import duration, headline, metric_rows, notes, subtitle
 
 PROMPTS = ["red <b>cat</b> & dog", "blue heart"]
 
@@ -190,6 +191,36 @@ def test_words() -> None:
     assert len(lost) == 2 and "prompt retrieval" in lost[0] and lost[1].startswith("2 steps")
 
 
+def test_words_of_a_preference_model() -> None:
+    before, after = ({"pair_accuracy": {"0": a, "951": b}} for a, b in ((0.9, 0.5), (1.0, 0.8)))
+    line = "tells the preferred picture in 90% of held-out pairs, before training in 70%"
+    assert headline({"method": "spm"}, before, after) == f"The step-aware preference model {line}"
+    assert headline({"method": "lrm"}, before, after) == f"The latent reward model {line}"
+    assert headline({"method": "lrm", "model": "emoji"}, {}, {}) == "LRM on emoji"
+
+
+@pytest.mark.parametrize("method", ["spm", "lrm"])
+def test_a_preference_model_has_accuracies_and_no_pictures(run: Path, method: str) -> None:
+    save_config(parse_config({"method": method, "train": "full"}), run / "config.yaml")
+    details = {"pairs": 1000, "prompts": 64}
+    results = [{"pair_accuracy": {"501": share}, "details": details} for share in (0.5, 0.75)]
+    (run / "summary.json").write_text(json.dumps({"evaluation": dict(zip(("before", "after"), results, strict=True))}))
+    page = Page(write_report(run))
+    assert "t = 501 50% 75% +25 points" in page.text and "on 1000 pairs of 64 prompts" in page.text
+    assert ("one-step prediction" in page.text) == (method == "spm")
+    assert "Before and after" not in page.text and "share of pairs whose winner has the higher score" in page.text
+
+
+def test_words_of_the_stepwise_methods() -> None:
+    lpo = parse_config({"method": "lpo", "scorer": "runs/x"}).model_dump(mode="json")
+    said = subtitle(lpo, {})
+    assert {"K 4, threshold 0.35 to 0.5", "scored by runs/x", "β 500"} <= set(said)
+    fine = {"ratio_winner": [1.01, 1.02] * 10, "ratio_clipped": [0.1] * 20}
+    assert notes(lpo, fine, {}, {}, {}) == []
+    said = notes(lpo, {"ratio_winner": [0.97, 0.98] * 10, "ratio_clipped": [0.6] * 20}, {}, {}, {})
+    assert "ends below one (0.975)" in said[0] and said[1].startswith("60% of the likelihood ratios")
+
+
 def test_a_change_within_sampling_error_is_not_coloured() -> None:
     def verdicts(pictures: int) -> list[str]:
         results = [_result(0.5, 9.0, 0.5), _result(0.7, 9.5, 0.4)]
@@ -224,5 +255,13 @@ def test_charts_by_hand() -> None:
     gap = draw("T", "", [0, 1, 2], [Series("x", [1.0, math.nan, 2.0])]).svg
     assert gap.split('d="')[1].count("M") == 2
     assert draw("T", "", [0, 1], [Series("x", [math.nan] * 2)]).svg == ""
+    marked = draw("T", "", range(3), [Series("x", [1.0, 2.0, 3.0], earlier=True)], axis="t", marks=["951", "501", "0"])
+    assert (
+        all(f">{label}<" in marked.svg for label in ("t", "951", "501", "0"))
+        and 'class="curve a earlier"' in marked.svg
+    )
+    assert marked.last == []
+    share = draw("T", "", [0, 1, 2], [Series("x", [0.001, 0.1, 0.2])], line=0.0).svg
+    assert ">0.1<" in share and ">0.01<" not in share, "no logarithm where zero is marked"
     wide = draw("T", "", [0, 1, 2], [Series("x", [0.01, 1.0, 100.0])]).svg
     assert all(f">{label}<" in wide for label in ("0.01", "1", "100"))

@@ -13,15 +13,15 @@ from PIL import Image
 from fastpref.config import parse_config
 from fastpref.errors import UserError
 from fastpref.evaluate.sample import (
-    Work,
     generate,
     initial_latents,
     load_policy_pipeline,
     prompt_id,
     run_sample,
-    sampling_scheduler,
 )
 from fastpref.models.loading import load_unet
+from fastpref.models.timesteps import sampling_scheduler
+from fastpref.models.work import Work
 
 PROMPTS = ["a red cat", "blue heart in green circle", "yellow dog"]
 SHAPE = (4, 8, 8)

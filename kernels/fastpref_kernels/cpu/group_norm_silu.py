@@ -1,12 +1,14 @@
 """Group normalisation and SiLU by torch's native functions, in place where that saves a buffer.
 
-Half types go through fp32 a few samples at a time and are rounded once. fp32 and fp64 keep z for the backward, which
-costs a tensor and saves a pass; half types normalise again.
+Half types go through fp32, some samples or some groups of one at a time, and are rounded once; torch's own half ops
+also round z, and take less time for it. fp32 and fp64 keep z for the backward, which costs a tensor and saves a pass;
+half types normalise again.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -24,6 +26,21 @@ def keeps_z(x: Tensor) -> bool:
 def _four_dimensional(x: Tensor) -> Tensor:
     """torch knows channels-last strides from four dimensions on."""
     return x.unsqueeze(2) if x.dim() == 3 else x
+
+
+def _chunks(x: Tensor, num_groups: int, last: bool) -> Iterator[tuple[slice, slice, slice]]:
+    """(samples, groups, their channels) of at most _CHUNK elements: whole samples, or groups of one, which are dense
+    in channels-first order only."""
+    rows, channels, n_elements = x.shape[0], x.shape[1], math.prod(x.shape[1:])
+    if last or n_elements <= _CHUNK:
+        step = max(1, _CHUNK // n_elements)
+        yield from ((slice(i, i + step), slice(None), slice(None)) for i in range(0, rows, step))
+        return
+    step, width = max(1, _CHUNK * num_groups // n_elements), channels // num_groups
+    for i in range(rows):
+        for g in range(0, num_groups, step):
+            end = min(num_groups, g + step)
+            yield slice(i, i + 1), slice(g, end), slice(g * width, end * width)
 
 
 def _normalise(
@@ -58,12 +75,11 @@ def forward(
         return out, mean, rstd, z if keep else x.new_empty(0)
     out = empty_dense(x, last)
     mean, rstd = (torch.empty(x.shape[0], num_groups, dtype=dtype, device=x.device) for _ in range(2))
-    step = max(1, _CHUNK // math.prod(x.shape[1:]))
-    for start in range(0, x.shape[0], step):
-        rows = slice(start, start + step)
-        upcast = as_dense(x[rows].to(dtype), last)
-        z, mean[rows], rstd[rows] = _normalise(upcast, num_groups, weight, bias, eps, last)
-        out[rows] = torch.nn.functional.silu(z, inplace=True)
+    for rows, groups, channels in _chunks(x, num_groups, last):
+        upcast, place = as_dense(x[rows, channels].to(dtype), last), (rows, groups)
+        count = mean[place].shape[1]
+        z, mean[place], rstd[place] = _normalise(upcast, count, weight[channels], bias[channels], eps, last)
+        out[rows, channels] = torch.nn.functional.silu(z, inplace=True)
     return out, mean, rstd, x.new_empty(0)
 
 
@@ -88,16 +104,15 @@ def backward(
         return as_dense(grad_input, last), *(weight.new_empty(0) if x is None else x.to(weight.dtype) for x in found)
     grad_input = empty_dense(x, last)
     sums = [torch.zeros(affine_size, dtype=dtype, device=x.device) for _ in range(2)]
-    step = max(1, _CHUNK // math.prod(x.shape[1:]))
-    for start in range(0, x.shape[0], step):
-        rows = slice(start, start + step)
-        upcast, g = as_dense(x[rows].to(dtype), last), as_dense(grad[rows].to(dtype), last)
-        shift = full_bias.view(-1, *[1] * (x.dim() - 2))
-        by_channel = (mean.shape[1], x.shape[1] // mean.shape[1])
-        scale = rstd[rows, :, None] * full_weight.view(by_channel)
-        z = torch.addcmul(
-            shift - (scale * mean[rows, :, None]).view(-1, *shift.shape), upcast, scale.view(-1, *shift.shape)
-        )
-        grad_input[rows], *more = _gradients(g, upcast, z, mean[rows], rstd[rows], full_weight, num_groups, affine)
-        sums = [total if new is None else total.add_(new) for total, new in zip(sums, more, strict=True)]
+    for rows, groups, channels in _chunks(x, num_groups, last):
+        upcast, g = (as_dense(t[rows, channels].to(dtype), last) for t in (x, grad))
+        m, r, scale = mean[rows, groups].contiguous(), rstd[rows, groups].contiguous(), full_weight[channels]
+        count, by_channel = m.shape[1], (upcast.shape[0], -1, *[1] * (x.dim() - 2))
+        slope = r[:, :, None] * scale.view(count, -1)
+        shift = full_bias[channels].view(count, -1) - slope * m[:, :, None]
+        z = torch.addcmul(shift.view(by_channel), upcast, slope.view(by_channel))
+        grad_input[rows, channels], *more = _gradients(g, upcast, z, m, r, scale, count, affine)
+        for total, new in zip(sums, more, strict=True):
+            if new is not None:
+                total[channels] += new
     return grad_input, sums[0].to(weight.dtype), sums[1].to(weight.dtype)

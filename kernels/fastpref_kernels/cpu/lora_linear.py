@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._memory_format import rows_of
+
 _Matmul = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
 
 
@@ -15,10 +17,6 @@ def matmul(x: Tensor, weight: Tensor, low: Tensor, up: Tensor, bias: Tensor | No
     weight, up = (weight.T, up.T) if transposed else (weight, up)
     out = x @ weight if bias is None else torch.addmm(bias, x, weight)
     return out.addmm_(low, up)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 def _scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
@@ -31,7 +29,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y (..., O), t = scale * x A^T (rows, r))."""
     with torch.autocast(x.device.type, enabled=False):
-        rows = _rows(x)
+        rows = rows_of(x)
         t = _scaled(rows, lora_a.to(x.dtype).T, scale)
         y = product(rows, weight, t, lora_b.to(x.dtype), bias, True)
         return y.view(*x.shape[:-1], weight.shape[0]), t
@@ -51,7 +49,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB), empty where not needed."""
     with torch.autocast(x.device.type, enabled=False):
-        rows, grads = _rows(x), _rows(grad).contiguous()
+        rows, grads = rows_of(x), rows_of(grad).contiguous()
         u = _scaled(grads, lora_b.to(x.dtype), scale)
         grad_x, grad_a, grad_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
         if needs_x:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastpref_kernels import _reward_kernels as kernels
+from fastpref_kernels._reward_launch import block
 
 from .case import KernelCase
 
@@ -12,7 +13,7 @@ TARGETS = {
     "noise": {"KEYED": True, "VELOCITY": False},
     "velocity": {"KEYED": True, "VELOCITY": True},
 }
-SMALL, LARGE, STRIDED = kernels.block(256, False), kernels.block(1024, False), kernels.block(1024, True)
+SMALL, LARGE, STRIDED = block(256, False), block(1024, False), block(1024, True)
 
 
 def integers(third: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastpref_kernels.paired_preference_loss import _paired_chunk_kernel
+from fastpref_kernels._paired_kernels import _paired_chunk_kernel
 from fastpref_kernels.rpo_loss import norm_block
 
 from .case import KernelCase

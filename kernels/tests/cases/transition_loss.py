@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from fastpref_kernels import _transition_kernels as kernels
+from fastpref_kernels import _transition_launch as launch
 
 from .case import KernelCase
 from .ddim_pool import STEP, suffix, types_and_flags
@@ -37,7 +38,7 @@ def _forward(x: str, pred: str, alphas: str, guided: bool, linear: bool) -> Kern
         "_transition_chunk_kernel",
         _tensors((*PREDICTIONS, *LATENTS), pred, x) | tail,
         ("n_rows", "n_pairs", "n_chunks", "n_blocks"),
-        constexprs={"GUIDED": guided, "LINEAR": linear, "BLOCK_SIZE": kernels._BLOCK},
+        constexprs={"GUIDED": guided, "LINEAR": linear, "BLOCK_SIZE": launch._BLOCK},
         wide=tuple(f"{name}_ptr" for name in (*read, *(LATENTS if linear else ()))),
     )
 
@@ -53,7 +54,7 @@ def _backward(x: str, pred: str, alphas: str, guided: bool, linear: bool) -> Ker
         "_transition_bwd_kernel",
         head | _tensors(("cond", "uncond", *LATENTS), pred, x) | tail,
         ("n_rows", "n_pairs", "n_blocks"),
-        constexprs={"GUIDED": guided, "LINEAR": linear, "BLOCK_SIZE": kernels._BLOCK},
+        constexprs={"GUIDED": guided, "LINEAR": linear, "BLOCK_SIZE": launch._BLOCK},
         wide=tuple(f"{name}_ptr" for name in (*read, *written, *(LATENTS if linear else ()))),
     )
 
@@ -65,14 +66,14 @@ def _pairs(chunks: int) -> KernelCase:
         kernel=kernels._transition_pair_kernel,
         signature={f"{name}_ptr": "*fp32" for name in pointers}
         | {"n_elements": "i32", "n_pairs": "i32", "n_chunks": "i32", "beta": "fp32", "low": "fp32", "high": "fp32"},
-        constexprs={"BLOCK_PAIRS": kernels._PAIR_TILES[chunks], "BLOCK_CHUNKS": chunks},
+        constexprs={"BLOCK_PAIRS": launch._PAIR_TILES[chunks], "BLOCK_CHUNKS": chunks},
         aligned=(*(f"{name}_ptr" for name in pointers), "n_elements"),
         min_occupancy=0.0,  # the only program of its launch
     )
 
 
 def cases() -> list[KernelCase]:
-    found = [_pairs(chunks) for chunks in kernels._PAIR_TILES]
+    found = [_pairs(chunks) for chunks in launch._PAIR_TILES]
     for make in (_forward, _backward):
         found += [make(x, pred, "fp32", *flags) for x, pred, *flags in types_and_flags()]
         found.append(make("bf16", "bf16", "fp64", True, True))

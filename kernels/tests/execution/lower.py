@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import re
 import subprocess
 from functools import cache
@@ -26,7 +27,8 @@ def _compile(key: bytes, suffix: str, build: list[str]) -> Path:
     (CACHE.parent / ".gitignore").write_text("*\n")
     out = CACHE / (hashlib.sha256(key + " ".join(build).encode()).hexdigest()[:32] + ".so")
     if not out.exists():
-        part, source = out.with_suffix(".part"), out.with_suffix(suffix)
+        mine = f"{out.stem}.{os.getpid()}"  # another process may be making the same library
+        part, source = out.with_name(f"{mine}.part"), out.with_name(f"{mine}{suffix}")
         source.write_bytes(key)
         command = ["gcc", *build, "-fPIC", "-shared", str(source), "-lm", "-o", str(part)]
         done = subprocess.run(command, capture_output=True, text=True)

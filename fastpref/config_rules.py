@@ -1,0 +1,91 @@
+"""What settings need of each other, and the settings that come with a method."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastpref.config import Config
+
+POLICY_METHODS = ("sft", "dpo", "rpo", "spo", "lpo")
+STEPWISE_METHODS = ("spo", "lpo")
+SCORER_METHODS = ("spm", "lrm")
+
+# What a recipe that leaves it open gets with its method.
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "spo": {"beta": 10.0},
+    "lpo": {"beta": 500.0, "plain_steps": 0, "score_threshold": [0.35, 0.5]},
+}
+# Official settings (ALGORITHMS of SPO, arXiv 2406.04314); its gradient clipping never takes effect, so it is off here.
+PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    ("spo", "reference"): {
+        "max_grad_norm": None,
+        "ratio_clip": 0.1,
+        "eta": 1.0,
+        "guidance_scale": 5.0,
+        "sample_steps": 20,
+        "plain_steps": 4,
+        "weight_decay": 1e-4,
+        "lr_scheduler": "constant",
+        "rollout_lora": "adapter",
+    },
+}
+
+
+def check_config(config: Config) -> None:
+    """Raise ValueError, in one line, for settings that do not go together."""
+    micro, group = config.micro_batch, config.group
+    if config.batch_size % micro and config.method not in STEPWISE_METHODS:
+        raise ValueError(f"micro_batch_size is {micro}, must divide batch_size {config.batch_size}")
+    if config.batch_size % group:
+        raise ValueError(f"group_size is {group}, must divide batch_size {config.batch_size}")
+    if config.timestep_range is not None and not 0 <= config.timestep_range[0] < config.timestep_range[1]:
+        raise ValueError(f"timestep_range is {list(config.timestep_range)}, must be [low, high) with 0 <= low < high")
+    if config.safeguard is not None and config.method == "sft":
+        raise ValueError("safeguard is set with method sft, which has no losers: remove it")
+    if (config.eval_target_images is None) != (config.eval_base_images is None):
+        lacking = "eval_target_images" if config.eval_target_images is None else "eval_base_images"
+        raise ValueError(f"{lacking} is not set: evaluation needs a folder of either style")
+    if config.init_lora is not None and config.train == "full":
+        raise ValueError("init_lora is set with train full, which trains no LoRA: export it merged and set unet")
+    if config.reference == "adapter" and config.train == "full":
+        raise ValueError("reference is adapter with train full, which has no adapter: use copy")
+    if config.preset == "reference" and config.method != "spo":
+        raise ValueError(f"preset is reference with method {config.method}: there is one for spo only")
+    if config.method in SCORER_METHODS:
+        _check_scorer_method(config)
+    if config.method in STEPWISE_METHODS:
+        _check_stepwise(config)
+
+
+def _refuse(config: Config, keys: tuple[str, ...]) -> None:
+    for key in keys:
+        if getattr(config, key):
+            raise ValueError(f"{key} is set with method {config.method}, which has no use for it: remove it")
+
+
+def _check_scorer_method(config: Config) -> None:
+    if config.train != "full":
+        raise ValueError(f"method {config.method} trains all weights of the preference model: set train=full")
+    _refuse(config, ("safeguard", "sft_weight", "caption_dropout"))
+    if config.relabel is not None and config.label_noise:
+        raise ValueError("label_noise is set with relabel, which passes over the records' labels: remove one")
+    if min(config.eval_timesteps) < 0:
+        raise ValueError(f"eval_timesteps has {min(config.eval_timesteps)}, must be >= 0")
+
+
+def _check_stepwise(config: Config) -> None:
+    unused = ("safeguard", "sft_weight", "caption_dropout", "label_noise", "label_smoothing", "relabel")
+    _refuse(config, unused)
+    branched = config.sample_steps - config.plain_steps
+    if branched < 1:
+        raise ValueError(f"plain_steps is {config.plain_steps}, must be below sample_steps {config.sample_steps}")
+    if branched % (config.inner_steps + 1):
+        raise ValueError(
+            f"inner_steps is {config.inner_steps}: {config.inner_steps + 1} must divide the {branched} steps after "
+            f"plain_steps"
+        )
+    threshold = config.score_threshold
+    low, high = threshold if isinstance(threshold, tuple) else (threshold, threshold)
+    if not 0 <= low <= high < 1:
+        raise ValueError(f"score_threshold is {threshold}, must be in [0, 1), low before high")

@@ -1,0 +1,1 @@
+"""Step pools: sampling them, scoring them, and what of them is trained on."""

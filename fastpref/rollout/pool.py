@@ -1,0 +1,177 @@
+"""The step-pool sampler of SPO (arXiv 2406.04314): from one state K candidates, one of which goes on at random.
+
+A rollout of N prompts takes ``plain_steps`` ordinary stochastic DDIM steps, then segment by segment: K candidates from
+one prediction, ``inner_steps`` more steps of each (none on SD1.5, 3 on SDXL), then one of the K, drawn without regard
+to any score, is the next state. A scorer that looks at x̂0 needs the UNet on every candidate; the prediction of the one
+that goes on is that of the next segment, so no state is predicted twice. One that looks at the noisy candidate needs
+the UNet on the state that goes on only.
+
+All noise and choices are keyed by (seed, epoch, prompt id, step, candidate): a prompt's rollout does not depend on the
+batch it is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastpref.models.guidance import GuidedRows, Predict
+from fastpref.models.loading import NoiseSchedule
+from fastpref.models.policy import Conditioning
+from fastpref.models.timesteps import DenoisingStep
+from fastpref_kernels import ddim_pool_step, derive_keys, keyed_noise, keyed_uniform_u32, predict_x0
+
+Prediction = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class PoolSampler:
+    """The settings of a rollout.
+
+    ``steps`` are the denoising steps in order. The first ``plain_steps`` have no pools; behind them come segments of
+    ``inner_steps + 1`` steps. A rollout ends with the last whole segment before step ``end``: what no pair is drawn
+    from is not computed.
+    """
+
+    steps: Sequence[DenoisingStep]
+    schedule: NoiseSchedule
+    plain_steps: int
+    end: int
+    inner_steps: int
+    candidates: int
+    guidance_scale: float
+    eta: float
+    seed: int
+
+    @property
+    def segments(self) -> range:
+        """Index of the first step of each segment."""
+        return range(self.plain_steps, self.end - self.inner_steps, self.inner_steps + 1)
+
+    @property
+    def score_timesteps(self) -> list[int]:
+        """The timestep of the candidates of each segment when they are scored; the last ones are finished: 0."""
+        ends = [first + self.inner_steps + 1 for first in self.segments]
+        return [self.steps[end].t if end < len(self.steps) else 0 for end in ends]
+
+    def sigma(self, index: int) -> float:
+        """Standard deviation of the noise that step ``index`` adds (DDIM, arXiv 2010.02502, equation 16)."""
+        now, before = (float(self.schedule.alphas_cumprod[t]) for t in self.steps[index])
+        return self.eta * ((1 - before) / (1 - now) * (1 - now / before)) ** 0.5
+
+
+@dataclass
+class Pool:
+    """One segment of N prompts: where it began and the K ways it could go.
+
+    ``paths[:, k, j]`` is the state after j + 1 steps; ``x0`` is what a scorer of x̂0 looks at, at timestep ``t``.
+    """
+
+    first: int  # index of the segment's first step
+    start: Tensor  # (N, C, h, w)
+    paths: Tensor  # (N, K, inner_steps + 1, C, h, w)
+    x0: Tensor | None  # (N, K, C, h, w)
+    t: int
+    chosen: Tensor  # (N,) int64: the candidate that goes on
+
+    @property
+    def latents(self) -> Tensor:
+        """(N, K, C, h, w): the candidates when they are scored."""
+        return self.paths[:, :, -1]
+
+
+@torch.no_grad()
+def roll_out(
+    sampler: PoolSampler,
+    predict: Predict,
+    ids: Tensor,
+    conditioning: Conditioning,
+    empty: Conditioning,
+    shape: tuple[int, int, int],
+    *,
+    epoch: int,
+    needs_x0: bool,
+    dtype: torch.dtype = torch.float32,
+    breathe: Callable[[], None] = lambda: None,
+) -> Iterator[Pool]:
+    """Sample N prompts, giving each segment's pool as soon as it is there.
+
+    Args:
+        predict: the policy's UNet.
+        ids: (N,) int64 on the CPU, what stands for each prompt in the keys of the noise.
+        conditioning: N rows; empty: one row.
+        shape: (C, h, w) of the latents.
+        epoch: pass over the prompts, part of the keys.
+        needs_x0: whether the scorer looks at x̂0.
+        dtype: of the latents.
+        breathe: called before every UNet call; may raise to abandon the rollout.
+    """
+    k, device = sampler.candidates, conditioning.prompt_embeds.device
+    one = GuidedRows(predict, conditioning, empty, sampler.guidance_scale)
+    many = GuidedRows(predict, _repeat(conditioning, k), empty, sampler.guidance_scale)
+    alphas = sampler.schedule.alphas_cumprod.to(device)
+
+    def predicted(rows: GuidedRows, x: Tensor, t: int) -> Prediction:
+        breathe()
+        return rows(x, torch.full((len(x),), t, device=device))
+
+    def stepped(x: Tensor, prediction: Prediction, keys: Tensor, index: int) -> Tensor:
+        pool = ddim_pool_step(
+            x,
+            *prediction,
+            keys,
+            alphas,
+            *sampler.steps[index],
+            guidance_scale=sampler.guidance_scale,
+            eta=sampler.eta,
+            prediction_type=sampler.schedule.prediction_type,
+        )
+        return pool.candidates
+
+    def noise(index: int) -> Tensor:  # (N, K)
+        draws = [derive_keys(sampler.seed, epoch, ids, index * k + j, "candidate") for j in range(k)]
+        return torch.stack(draws, dim=1).to(device)
+
+    x = keyed_noise(derive_keys(sampler.seed, epoch, ids, 0, "init").to(device), shape, dtype)
+    for index in range(sampler.plain_steps):
+        x = stepped(x, predicted(one, x, sampler.steps[index].t), noise(index)[:, :1], index)[:, 0]
+    prediction: Prediction | None = None
+    for first, t in zip(sampler.segments, sampler.score_timesteps, strict=True):
+        prediction = prediction or predicted(one, x, sampler.steps[first].t)
+        states = [stepped(x, prediction, noise(first), first).flatten(0, 1)]
+        for index in range(first + 1, first + sampler.inner_steps + 1):
+            inner = predicted(many, states[-1], sampler.steps[index].t)
+            states.append(stepped(states[-1], inner, noise(index).flatten()[:, None], index)[:, 0])
+        chosen = _choice(sampler, epoch, ids, first).to(device)
+        rows = torch.arange(len(ids), device=device) * k + chosen
+        x0, prediction = (states[-1], None) if t == 0 else (None, None)
+        if t and needs_x0:
+            seen = predicted(many, states[-1], t)
+            x0 = _promised(sampler, states[-1], seen, alphas, t)
+            prediction = seen[0][rows], None if seen[1] is None else seen[1][rows]
+        paths = torch.stack(states, dim=1).unflatten(0, (-1, k))
+        yield Pool(first, x, paths, None if x0 is None else x0.unflatten(0, (-1, k)), t, chosen)
+        x = states[-1][rows]
+
+
+def _choice(sampler: PoolSampler, epoch: int, ids: Tensor, index: int) -> Tensor:
+    words = keyed_uniform_u32(derive_keys(sampler.seed, epoch, ids, index, "choice"))
+    return (words * sampler.candidates) >> 32
+
+
+def _promised(sampler: PoolSampler, x: Tensor, prediction: Prediction, alphas: Tensor, t: int) -> Tensor:
+    kind = sampler.schedule.prediction_type
+    return predict_x0(x, *prediction, alphas, t, guidance_scale=sampler.guidance_scale, prediction_type=kind)
+
+
+def _repeat(conditioning: Conditioning, k: int) -> Conditioning:
+    """Every row k times in a row."""
+    pooled, time_ids = conditioning.pooled_prompt_embeds, conditioning.time_ids
+    return Conditioning(
+        conditioning.prompt_embeds.repeat_interleave(k, dim=0),
+        None if pooled is None else pooled.repeat_interleave(k, dim=0),
+        None if time_ids is None else time_ids.repeat_interleave(k, dim=0),
+    )

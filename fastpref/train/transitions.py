@@ -1,0 +1,84 @@
+"""The loss of denoising transitions under policy and reference (SPO, arXiv 2406.04314)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastpref.config import Config
+from fastpref.models.guidance import GuidedRows
+from fastpref.models.policy import Policy
+from fastpref.models.prompt_book import PromptBook
+from fastpref.rollout.pool import PoolSampler
+from fastpref.rollout.transitions import Transitions
+from fastpref_kernels import transition_loss
+
+
+class TransitionObjective:
+    """Predicts with policy and reference, guided alike, and compares the likelihoods of win and lose.
+
+    A state that win and lose share passes through each UNet once, two rows under guidance.
+    """
+
+    def __init__(
+        self, config: Config, policy: Policy, book: PromptBook, sampler: PoolSampler, prompts: Sequence[str]
+    ) -> None:
+        self.config, self.policy, self.book, self.sampler, self.prompts = config, policy, book, sampler, prompts
+        steps = torch.tensor(sampler.steps, device=policy.device)
+        self._t, self._t_prev = steps.unbind(dim=1)
+        self._alphas = sampler.schedule.alphas_cumprod.to(policy.device)
+
+    def loss(self, part: Transitions) -> tuple[Tensor, Tensor]:
+        """(mean loss with its graph, (2, m) likelihood ratios of win and lose before clipping) of m transitions."""
+        shared, apart = part.shared.nonzero().flatten(), (~part.shared).nonzero().flatten()
+        states = torch.cat([part.x_t[shared], part.x_t[apart], part.x_t_l[apart]])
+        rows = torch.cat([shared, apart, apart])
+        timesteps = self._t[part.step[rows]]
+        conditioning = self.book.conditioning([self.prompts[i] for i in part.prompt[rows].tolist()])
+        policy, reference = (
+            GuidedRows(predict, conditioning, self.book.empty(), self.config.guidance_scale)(states, timesteps)
+            for predict in (self.policy.predict, self.policy.predict_reference)
+        )
+        loss, ratios = states.new_zeros(()), part.x_w.new_empty(2, len(part))
+        for chosen, cut in ((shared, slice(0, len(shared))), (apart, slice(len(shared), None))):
+            if len(chosen):
+                value, ratios[:, chosen] = self._compare(
+                    part.rows(chosen), states[cut], _cut(policy, cut), _cut(reference, cut)
+                )
+                loss = loss + value * (len(chosen) / len(part))
+        return loss, ratios
+
+    def unet_rows(self, part: Transitions) -> int:
+        """Rows of one UNet pass over ``part``."""
+        states = 2 * len(part) - int(part.shared.sum())
+        return states * (2 if self.config.guidance_scale != 1.0 else 1)
+
+    def _compare(
+        self, part: Transitions, states: Tensor, policy: Branches, reference: Branches
+    ) -> tuple[Tensor, Tensor]:
+        result = transition_loss(
+            *policy,
+            *reference,
+            states,
+            part.x_w,
+            part.x_l,
+            self._alphas,
+            self._t[part.step],
+            self._t_prev[part.step],
+            guidance_scale=self.config.guidance_scale,
+            eta=self.config.eta,
+            beta=self.config.beta,
+            clip=self.config.ratio_clip,
+            prediction_type=self.sampler.schedule.prediction_type,
+        )
+        return result.loss, torch.stack([result.ratio_w, result.ratio_l]).to(part.x_w)
+
+
+Branches = tuple[Tensor, Tensor | None]
+
+
+def _cut(branches: Branches, rows: slice) -> Branches:
+    with_prompt, without = branches
+    return with_prompt[rows], None if without is None else without[rows]
