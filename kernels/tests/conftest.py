@@ -25,7 +25,7 @@ WHERE = os.environ.get("KERNELS_ON", "interpreter")
 if WHERE == "lanes":
     from execution import driver
 
-    collect_ignore = ["test_interpreter.py", "execution/test_execution.py"]
+    collect_ignore = ["test_interpreter.py", "execution/test_execution.py", "gpu", "mutation", "static"]
     driver.install()
     _dispatch.INTERPRETED = True  # in triton_on_cpu() only: CPU tensors may take the Triton path
 elif WHERE == "interpreter":

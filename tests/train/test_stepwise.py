@@ -370,3 +370,20 @@ def test_bad_input_is_one_line(recipe: Recipe, overrides: list[str], message: st
     with pytest.raises(UserError) as caught:
         TrainJob.open(recipe(*overrides))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_small_decoder_says_how_far_it_agrees(recipe: Recipe, clip: Path, tmp_path: Path) -> None:
+    """In every round, on one segment that the VAE decodes too."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {f"{side}_block_out_channels": (8, 8) for side in ("encoder", "decoder")}
+    counts: dict[str, Any] = {f"num_{side}_blocks": (1, 1) for side in ("encoder", "decoder")}
+    AutoencoderTiny(latent_channels=4, **sizes, **counts).save_pretrained(tmp_path / "small")
+    overrides = [f"scorer={clip}", f"small_decoder={tmp_path / 'small'}", "score_threshold=0", "rollout_batch_size=3"]
+    trainer = opened(recipe(*overrides), tmp_path / "run")
+    trainer._next_round(0)
+    line = json.loads((tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()[-1])
+    assert line["decoder_pools"] == 3 and line["decoder_same_pair"] in {0.0, 1 / 3, 2 / 3, 1.0}
+    assert -1 <= line["decoder_spearman"] < 1
+    assert trainer.work().vae_decodes == 3 * 3 * 4 + 3 * 3  # all through the small one, a segment through the VAE
