@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-_TILE = 1 << 20  # contrasts of a tile: 4 MB of fp32, of which about six are alive; rows enough for a fast matmul
+_TILE = 1 << 19  # contrasts of a tile: 2 MB of fp32, of which about six are alive; rows enough for a fast matmul
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
