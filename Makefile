@@ -12,7 +12,7 @@ help:
 	@echo "make quickstart   RPO on the bundled emoji world, report in runs/quickstart/report.html"
 	@echo "make quickstart-spo   a step-aware preference model, then SPO with it; report in runs/quickstart-spo/report.html"
 	@echo "make test         lint, types and the whole test suite"
-	@echo "make compare      SFT, DPO and RPO from one base over three seeds: two to three hours, resumable"
+	@echo "make compare      SFT, DPO and RPO from one base over three seeds: an hour and a half or more, resumable"
 	@echo "make bench        the short set of benchmarks, 20 minutes"
 	@echo "make kernels      the kernel package's proof without a GPU: gates, interpreter, lanes, mutations; 10 minutes"
 	@echo "make gpu-acceptance   the kernels on this machine's GPU: values, gradients, timings; without one it skips"

@@ -20,6 +20,7 @@ from fastpref.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_IMAGE_BYTES = 256 << 20
+MAX_CAPTION_BYTES = 1 << 20
 
 
 class PathsPart(Part):
@@ -133,17 +134,16 @@ class FolderPart(Part):
         for index in indices.tolist():
             winner = self._winners[index]
             loser = self._losers.get(winner.stem, Path("loser") / winner.name)
-            captions = [folder / f"{winner.stem}.txt" for folder in (self.path, self.path / "winner")]
-            text = next(
-                (file.read_text(encoding="utf-8", errors="surrogateescape") for file in captions if file.is_file()),
-                None,
-            )
+            captions = (f"{winner.stem}.txt", f"winner/{winner.stem}.txt")
+            name = next((name for name in captions if (self.path / name).is_file()), None)
+            data, problem = (None, "") if name is None else read_file(self.path, name, "caption", MAX_CAPTION_BYTES)
             value = {
                 "winner": f"winner/{winner.name}",
                 "loser": f"loser/{loser.name}",
-                "caption": text and text.strip(),
+                "caption": None if data is None else data.decode("utf-8", "surrogateescape").strip(),
             }
-            yield path_row(index, winner.name, value, self.path)
+            row = path_row(index, winner.name, value, self.path)
+            yield replace(row, error=problem, detail=str(name)) if problem and not row.error else row
 
 
 @dataclass
@@ -245,20 +245,25 @@ def path_row(index: int, where: str, value: dict[str, Any], root: Path) -> Row:
 
 def read_image(root: Path, name: Any) -> tuple[bytes | None, str]:
     """Bytes of a picture below ``root``, or what is wrong: a path (or link) that leads outside is never followed."""
+    return read_file(root, name, "image", MAX_IMAGE_BYTES)
+
+
+def read_file(root: Path, name: Any, kind: str, limit: int) -> tuple[bytes | None, str]:
+    """Bytes of a file below ``root`` of at most ``limit`` bytes, or what is wrong with the ``kind`` of file."""
     if not isinstance(name, str) or not name.strip():
-        return None, "no image path"
+        return None, f"no {kind} path"
     try:
         base = root.resolve()
         file = (base / name).resolve()
         if base not in file.parents:
-            return None, "image path leaves the directory of the records"
+            return None, f"{kind} path leaves the directory of the records"
         if not file.is_file():
-            return None, "image file is missing"
-        if file.stat().st_size > MAX_IMAGE_BYTES:
-            return None, "image file is too large"
+            return None, f"{kind} file is missing"
+        if file.stat().st_size > limit:
+            return None, f"{kind} file is too large"
         return file.read_bytes(), ""
     except (OSError, ValueError):  # ValueError: a NUL byte in the path
-        return None, "image file cannot be read"
+        return None, f"{kind} file cannot be read"
 
 
 def _pictures(folder: Path) -> list[Path]:

@@ -93,6 +93,9 @@ def read_manifest(path: Path) -> StoreManifest:
     except (OSError, ValueError) as error:
         first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise UserError("the manifest is damaged or not a store's", str(file), first) from error
+    for name in manifest.files:
+        if Path(name).name != name:
+            raise UserError(f"the manifest lists '{name}', outside the store", str(file), "prepare the store again")
     if manifest.format_version != FORMAT_VERSION:
         todo = f"this fastpref reads version {FORMAT_VERSION}: prepare the store again"
         raise UserError(f"the store has format version {manifest.format_version}", str(path), todo)

@@ -180,7 +180,10 @@ def dataset_files(folder: Path) -> list[Path]:
         splits = _json(folder / "dataset_dict.json").get("splits", [])
         if "train" not in splits and len(splits) != 1:
             raise UserError(f"the dataset has splits {', '.join(splits)}", str(folder), "give the folder of one split")
-        return dataset_files(folder / ("train" if "train" in splits else splits[0]))
+        split = "train" if "train" in splits else str(splits[0])
+        if folder.resolve() != (folder / split).resolve().parent:
+            raise UserError(f"the split '{split}' leaves the dataset's folder", str(folder), "copy the whole folder")
+        return dataset_files(folder / split)
     state = _json(folder / "state.json")
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise UserError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from fastpref.data.files import IMAGE_SUFFIXES, read_image
+from fastpref.data.files import IMAGE_SUFFIXES, MAX_CAPTION_BYTES, read_file, read_image
 from fastpref.data.images import ImageError, load_rgb
 from fastpref.errors import UserError
 
@@ -146,9 +146,14 @@ def _metadata(folder: Path) -> list[CaptionedFile]:
 
 
 def _text(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    data, problem = read_file(file.parent, file.name, "caption", MAX_CAPTION_BYTES)
+    if data is None:
+        raise UserError(problem, str(file), "put the caption itself into the folder")
     try:
-        return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
-    except (OSError, UnicodeDecodeError) as error:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
         raise UserError("cannot read the caption", str(file), str(error)) from None
 
 

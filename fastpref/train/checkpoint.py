@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from fastpref.atomic import write_tensors
 
 FORMAT = 1
+_FILES = ("state.safetensors", "state.json")
 
 
 @dataclass
@@ -47,7 +48,7 @@ def save_checkpoint(
     draft.mkdir()
     write_tensors(draft / "state.safetensors", tensors)
     (draft / "state.json").write_text(json.dumps({"step": step, **values}))
-    hashes = {name: _sha256(draft / name) for name in ("state.safetensors", "state.json")}
+    hashes = {name: _sha256(draft / name) for name in _FILES}
     (draft / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "sha256": hashes}))
     for file in (*draft.iterdir(), draft):
         _sync(file)
@@ -68,8 +69,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name, expected in manifest["sha256"].items():
-            if _sha256(path / name) != expected:
+        for name in _FILES:
+            if _sha256(path / name) != manifest["sha256"][name]:
                 raise DamagedCheckpoint(f"{name} does not match its checksum")
         values = json.loads((path / "state.json").read_text())
         return Checkpoint(path, int(manifest["step"]), load_file(path / "state.safetensors"), values)

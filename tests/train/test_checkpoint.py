@@ -70,3 +70,12 @@ def test_a_draft_left_by_a_kill_is_not_a_checkpoint(tmp_path: Path) -> None:
     assert isinstance(only, Checkpoint) and only.step == 10
     save_checkpoint(tmp_path, 20, some_tensors(20), {}, keep=2)
     assert load_checkpoint(tmp_path / "step-000020").step == 20 and not draft.exists()
+
+
+def test_a_file_without_its_checksum_is_damage(tmp_path: Path) -> None:
+    """A manifest that lists nothing vouches for nothing."""
+    path = save_checkpoint(tmp_path, 10, some_tensors(10), {}, keep=2)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": {}}))
+    with pytest.raises(DamagedCheckpoint, match=r"state\.safetensors"):
+        load_checkpoint(path)
