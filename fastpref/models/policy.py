@@ -146,9 +146,10 @@ class _Merged:
 def load_policy(config: Config, model_dir: Path, device: torch.device, *, needs_reference: bool) -> Policy:
     """The UNet of ``model_dir`` (or ``config.unet``) made ready for training.
 
-    Frozen weights are in ``config.precision``; trained ones in fp32 (fp64 for fp64).
+    Frozen weights are in ``config.precision``; trained ones in fp32 (fp64 for fp64, bf16 for ``pure_bf16``).
     """
     master = torch.float64 if config.precision == "fp64" else torch.float32
+    master = torch.bfloat16 if config.pure_bf16 else master
     frozen = DTYPES[config.precision] if config.train == "lora" else master
     unet = load_unet(model_dir, frozen, config.unet)
     unet.requires_grad_(False)
