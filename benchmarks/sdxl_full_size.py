@@ -25,22 +25,9 @@ import torch
 from common import RESULTS, ROOT, fill, markdown, provenance, read_csv, write_csv
 
 from fastpref.atomic import write_bytes, write_json, write_tensors
+from fastpref.plan import public
 
 OUT = RESULTS / "sdxl_full_size.csv"
-PARAMETERS = 2_567_463_684
-UNET: dict[str, Any] = {  # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0, where it is not the default
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "cross_attention_dim": 2048,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 SHARD_BYTES = 512 << 20
 COMMON = {
     **{"precision": "bf16", "gradient_checkpointing": True, "resolution": 512, "threads": 1, "seed": 1},
@@ -90,9 +77,9 @@ def make_model(folder: Path) -> Path:
     for name, kind, width in (("", CLIPTextModel, 768), ("_2", CLIPTextModelWithProjection, 1280)):
         kind(text_config(tokenizer, width, 2, 1280)).save_pretrained(folder / f"text_encoder{name}")
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**UNET)
-    if (count := sum(p.numel() for p in unet.parameters())) != PARAMETERS:
-        raise ValueError(f"the UNet has {count} parameters, SDXL's has {PARAMETERS}")
+        unet = UNet2DConditionModel(**public.SDXL)
+    if (count := sum(p.numel() for p in unet.parameters())) != public.PARAMETERS["sdxl"]:
+        raise ValueError(f"the UNet has {count} parameters, SDXL's has {public.PARAMETERS['sdxl']}")
     for file in (folder / "unet").glob("*.safetensors"):
         file.unlink()
     unet.save_config(folder / "unet")
@@ -109,7 +96,7 @@ def write_weights(unet: torch.nn.Module, folder: Path) -> None:
         tensors = {name: drawn(name, unet.get_parameter(name).shape, random) for name in names}
         write_tensors(folder / file, tensors, {"format": "pt"})
         where |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": 2 * PARAMETERS}, "weight_map": where}
+    index = {"metadata": {"total_size": 2 * public.PARAMETERS["sdxl"]}, "weight_map": where}
     write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
 
 

@@ -59,7 +59,6 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device) -> Stepw
     book = PromptBook(texts, model_dir, (config.resolution, config.resolution), device, work)
     scorer = open_scorer(config, model_dir, device, sampler.score_timesteps, book, work)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    full = config.precision in ("fp32", "fp64") if config.rollout_lora == "auto" else config.rollout_lora == "merged"
     collector = Collector(
         sampler,
         policy,
@@ -70,7 +69,7 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device) -> Stepw
         config.rollout_batch_size,
         config.decode_batch_size,
         dtype,
-        merge=full and config.train == "lora",
+        merge=config.merges_rollout,
     )
     objective = TransitionObjective(config, policy, book, sampler, prompts)
     return StepwiseTrainer(config, policy, collector, objective, prompts, order, LocalEngine(policy, config), work)
