@@ -162,6 +162,21 @@ def train(run: str, folder: Path) -> None:
     print(run_training(parse_config(settings_of(run, folder))))
 
 
+def predict(run: str, folder: Path) -> int:
+    """Bytes that the plan gives the run on this machine, from a process of its own: its imports are part of them."""
+    command = [sys.executable, __file__, "--predict", run, "--folder", str(folder)]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return int(answer.stdout.split()[-1])
+
+
+def plan(run: str, folder: Path) -> None:
+    """What the process of a prediction does."""
+    from fastpref.config import parse_config
+    from fastpref.plan.report import make_plan
+
+    print(make_plan(parse_config(settings_of(run, folder)), 1, "cpu").best.total)
+
+
 def measure(run: str, folder: Path) -> dict[str, Any]:
     """Train in a process of its own; the row."""
     subprocess.run([sys.executable, __file__, "--train", run, "--folder", str(folder)], check=True)
@@ -187,14 +202,16 @@ def table(rows: list[dict[str, str]]) -> str:
     lines = []
     for row in rows:
         peak, limit = int(row["peak_rss_bytes"]) / GIB, LIMITS_GIB.get(row["run"])
+        planned = int(row["planned_bytes"]) / GIB
         lines.append(
             [
                 WHAT[row["run"]],
+                f"{planned:.1f} GiB ({planned / peak - 1:+.0%})",
                 f"{peak:.1f} GiB" + ("" if limit is None else f" (at most {limit:.0f})"),
                 f"{row['unet_forwards']} + {row['unet_recomputed']} again / {row['unet_backwards']}",
             ]
         )
-    return markdown(["run", "peak RSS", "UNet rows forward / backward"], lines)
+    return markdown(["run", "planned", "peak RSS", "UNet rows forward / backward"], lines)
 
 
 def main() -> None:
@@ -204,10 +221,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "sdxl_full_size")
     parser.add_argument("--report", action="store_true", help="tables from the CSV only")
     parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--replan", action="store_true", help="predict again, for all rows")
     parser.add_argument("--train", choices=RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--predict", choices=RUNS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:
         return train(options.train, options.folder)
+    if options.predict:
+        return plan(options.predict, options.folder)
     rows = {row["run"]: row for row in read_csv(OUT)}
     for run in [] if options.report else options.only.split(","):
         if run in rows and rows[run]["settings"] == json.dumps(RUNS[run], sort_keys=True):
@@ -215,11 +236,16 @@ def main() -> None:
         make_inputs(options.folder)
         rows[run] = measure(run, options.folder)
         write_csv(OUT, [rows[name] for name in RUNS if name in rows])
+    for run, row in rows.items():
+        if options.replan or not row.get("planned_bytes"):
+            make_inputs(options.folder)
+            row["planned_bytes"] = predict(run, options.folder)
+    write_csv(OUT, [rows[name] for name in RUNS if name in rows])
     text = table([row for row in read_csv(OUT)])
     write_bytes(OUT.with_suffix(".md"), f"{text}\n".encode())
     print(text)
     if options.readme:
-        fill(ROOT / "README.md", "table: python benchmarks/sdxl_full_size.py", text)
+        fill(ROOT / "README.md", "table: sdxl_full_size", text)
 
 
 if __name__ == "__main__":
