@@ -13,7 +13,9 @@ import torch
 
 from fastpref.config import Config
 from fastpref.errors import UserError
+from fastpref.models.attention import set_attention
 from fastpref.models.loading import DTYPES, load_unet
+from fastpref_kernels import patch_unet
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -146,12 +148,14 @@ class _Merged:
 def load_policy(config: Config, model_dir: Path, device: torch.device, *, needs_reference: bool) -> Policy:
     """The UNet of ``model_dir`` (or ``config.unet``) made ready for training.
 
-    Frozen weights are in ``config.precision``; trained ones in fp32 (fp64 for fp64).
+    Frozen weights are in ``config.precision``; trained ones in fp32 (fp64 for fp64, bf16 for ``pure_bf16``).
     """
     master = torch.float64 if config.precision == "fp64" else torch.float32
+    master = torch.bfloat16 if config.pure_bf16 else master
     frozen = DTYPES[config.precision] if config.train == "lora" else master
     unet = load_unet(model_dir, frozen, config.unet)
     unet.requires_grad_(False)
+    set_attention(unet, config.attention, device, DTYPES[config.precision])
     reference = None
     if config.train == "lora":
         _add_lora(unet, config, master)
@@ -162,6 +166,10 @@ def load_policy(config: Config, model_dir: Path, device: torch.device, *, needs_
     unet.to(device)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if config.fused_ops:
+        patch_unet(unet)
+        if reference is not None:
+            patch_unet(reference)
     unet.eval()  # a dropout mask would make the rewards of the first pass other than those of the second
     return Policy(unet, config, device, reference)
 

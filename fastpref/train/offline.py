@@ -23,8 +23,9 @@ from fastpref.errors import UserError
 from fastpref.models.policy import Policy, load_policy
 from fastpref.objectives import Objective, PairRewards, Solution, build_objective
 from fastpref.train.batch import BatchBuilder, PairBatch
-from fastpref.train.engine import Engine, LocalEngine
+from fastpref.train.engine import Engine, open_engine
 from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_store
+from fastpref.train.optim import learning_rate_at
 from fastpref.train.trainer import PolicyTrainer
 from fastpref_kernels import implicit_reward, implicit_reward_parts
 
@@ -57,7 +58,7 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device) -> Offli
     policy = load_policy(config, model_dir, device, needs_reference=objective.uses_reference)
     check_unet(policy.unet, store, config)
     batches = BatchBuilder(store, schedule, config, device, with_losers=objective.uses_losers)
-    return OfflineTrainer(config, policy, objective, sampler, batches, LocalEngine(policy, config))
+    return OfflineTrainer(config, policy, objective, sampler, batches, open_engine(policy, config))
 
 
 @dataclass
@@ -77,6 +78,7 @@ class OfflineTrainer(PolicyTrainer):
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step (0-based); returns its metrics over the global batch."""
+        self.engine.begin(step, learning_rate_at(self.config, step))
         plan = self.sampler.batch(step)
         outcome = self._coupled(plan) if self.objective.couples_pairs else self._separate(plan)
         norm, rate = self.update(step, outcome.loss)
