@@ -174,6 +174,14 @@ def load_policy(config: Config, model_dir: Path, device: torch.device, *, needs_
     return Policy(unet, config, device, reference)
 
 
+def load_reference(config: Config, model_dir: Path, device: torch.device) -> Policy:
+    """The reference alone: nothing is trained, only :meth:`Policy.predict_reference` is of use."""
+    if config.init_lora is not None:
+        return load_policy(config.model_copy(update={"reference": "adapter"}), model_dir, device, needs_reference=True)
+    unet = load_unet(model_dir, DTYPES[config.precision], config.unet).requires_grad_(False).to(device).eval()
+    return Policy(unet, config, device, reference=unet)
+
+
 def _add_lora(unet: Any, config: Config, dtype: torch.dtype) -> None:
     from peft import LoraConfig
 
@@ -181,9 +189,10 @@ def _add_lora(unet: Any, config: Config, dtype: torch.dtype) -> None:
         from fastpref.models.export import load_adapter
 
         load_adapter(unet, Path(config.init_lora), POLICY_ADAPTER)
-        with warnings.catch_warnings():  # peft warns of the second adapter, which is meant
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            load_adapter(unet, Path(config.init_lora), REFERENCE_ADAPTER)
+        if config.reference != "ledger":
+            with warnings.catch_warnings():  # peft warns of the second adapter, which is meant
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                load_adapter(unet, Path(config.init_lora), REFERENCE_ADAPTER)
         unet.set_adapter(POLICY_ADAPTER)
     else:
         check_lora_targets(unet, config.lora_targets)

@@ -1,8 +1,9 @@
 """SFT, Diffusion-DPO and Diffusion-RPO: the loop over prepared pairs.
 
-One optimizer step: draw the global batch; for each micro-batch the reference's error, then the policy's reward; solve
-the objective for dL/dreward over the **global** batch; back-propagate ``Σ g·reward``. Because the loss depends on the
-predictions only through the rewards, that is the exact gradient, in whatever micro-batches and ranks the pairs lie.
+One optimizer step: draw the global batch; for each micro-batch the reference's error (computed, or looked up in the
+ledger), then the policy's reward; solve the objective for dL/dreward over the **global** batch; back-propagate
+``Σ g·reward``. Because the loss depends on the predictions only through the rewards, that is the exact gradient, in
+whatever micro-batches and ranks the pairs lie.
 An objective that couples pairs (RPO) has to know all rewards before any gradient: with one micro-batch the graph is
 simply kept; with several, ``accumulation`` says whether the rewards come first or all graphs are kept.
 """
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastpref.config import Config
+from fastpref.data.ledger import Ledger
 from fastpref.data.sampling import BatchPlan, Sampler
 from fastpref.data.store import Store
 from fastpref.errors import UserError
@@ -26,8 +28,11 @@ from fastpref.train.batch import BatchBuilder, PairBatch
 from fastpref.train.engine import Engine, open_engine
 from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_store
 from fastpref.train.optim import learning_rate_at
+from fastpref.train.reference import open_ledger
 from fastpref.train.trainer import PolicyTrainer
 from fastpref_kernels import implicit_reward, implicit_reward_parts
+
+MAX_LOGIT_NOISE = 0.05
 
 
 class _Scored(NamedTuple):
@@ -55,10 +60,12 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device) -> Offli
     store, objective = open_store(config, model_dir), build_objective(config)
     _check_store(config, objective, store)
     sampler, schedule = open_sampler(config, store), open_schedule(config, model_dir)
-    policy = load_policy(config, model_dir, device, needs_reference=objective.uses_reference)
+    ledger = open_ledger(config, model_dir, store, sampler, schedule) if config.reference == "ledger" else None
+    needs_reference = objective.uses_reference and ledger is None
+    policy = load_policy(config, model_dir, device, needs_reference=needs_reference)
     check_unet(policy.unet, store, config)
     batches = BatchBuilder(store, schedule, config, device, with_losers=objective.uses_losers)
-    return OfflineTrainer(config, policy, objective, sampler, batches, open_engine(policy, config))
+    return OfflineTrainer(config, policy, objective, sampler, batches, open_engine(policy, config), ledger=ledger)
 
 
 @dataclass
@@ -72,6 +79,7 @@ class OfflineTrainer(PolicyTrainer):
     batches: BatchBuilder
     engine: Engine
     skipped: int = 0
+    ledger: Ledger | None = None
 
     def describe(self) -> str:
         return f"{len(self.batches.store)} pairs"
@@ -81,6 +89,8 @@ class OfflineTrainer(PolicyTrainer):
         self.engine.begin(step, learning_rate_at(self.config, step))
         plan = self.sampler.batch(step)
         outcome = self._coupled(plan) if self.objective.couples_pairs else self._separate(plan)
+        if step == 0 and self.ledger is not None:
+            self._check_ledger(outcome.rewards)
         norm, rate = self.update(step, outcome.loss)
         return self._metrics(step, outcome, norm, rate)
 
@@ -89,7 +99,7 @@ class OfflineTrainer(PolicyTrainer):
         parts, loss = [], torch.zeros((), dtype=torch.float64)
         for rows in self.micro_batches(self.config.batch_size):
             batch = self.batches.build(plan, rows)
-            scored = self._score(batch, self._reference_error(batch), graph=True)
+            scored = self._score(batch, self._reference_error(plan, rows, batch), graph=True)
             solution = self.objective.solve(scored.rewards)
             share = batch.pairs / self.config.batch_size
             self._backward(scored.reward, solution, share)
@@ -105,7 +115,7 @@ class OfflineTrainer(PolicyTrainer):
         scored: list[_Scored] = []
         for rows in micro:
             batch = self.batches.build(plan, rows)
-            scored.append(self._score(batch, self._reference_error(batch), graph=keep))
+            scored.append(self._score(batch, self._reference_error(plan, rows, batch), graph=keep))
         rewards = self._gather(PairRewards.concatenate([part.rewards for part in scored]))
         embeddings = self.batches.embeddings(plan) if self.objective.uses_embeddings else None
         solution = self.objective.solve(rewards, embeddings)
@@ -117,9 +127,11 @@ class OfflineTrainer(PolicyTrainer):
         contrasts = solution.effective_contrasts
         return _Outcome(float(solution.loss), rewards, 1.0 if contrasts is None else float(contrasts))
 
-    def _reference_error(self, batch: PairBatch) -> torch.Tensor | None:
+    def _reference_error(self, plan: BatchPlan, rows: slice, batch: PairBatch) -> torch.Tensor | None:
         if not self.objective.uses_reference:
             return None
+        if self.ledger is not None:
+            return self.ledger.errors(plan.epoch, plan.slot, rows).to(self.policy.device)
         pred = self.policy.predict_reference(batch.noisy, batch.timesteps, batch.conditioning)
         return -implicit_reward(pred, batch.target)
 
@@ -140,6 +152,22 @@ class OfflineTrainer(PolicyTrainer):
         if bool(torch.isfinite(weight).all()):
             self.engine.backward((weight.detach() * reward).sum())
             self.policy.count_backward(len(reward))
+
+    def _check_ledger(self, rewards: PairRewards) -> None:
+        """Before the first update the policy is the reference: what rewards there are then are not theirs.
+
+        Raises:
+            UserError: they move the logits β/2·Δreward by more than rounding may.
+        """
+        assert rewards.reward_l is not None
+        logits = (rewards.reward_w - rewards.reward_l).double() * (self.config.beta / 2)
+        noise = float(logits.square().mean().sqrt())
+        if noise > MAX_LOGIT_NOISE:
+            raise UserError(
+                f"the ledger's errors differ from this model's: {noise:.2g} in the logit, at most {MAX_LOGIT_NOISE}",
+                "reference",
+                "prepare the ledger on the kind of device that trains, or use precision=fp32 or a smaller beta",
+            )
 
     def _gather(self, rewards: PairRewards) -> PairRewards:
         return rewards.unstacked(self.engine.gather(rewards.stacked()))
