@@ -89,7 +89,7 @@ class Config(BaseModel):
     )
     reference: Literal["auto", "adapter", "copy", "ledger"] = Field(
         "auto",
-        description="the adapter switched off (LoRA), a frozen copy (full), or the ledger that prepare --reference wrote",
+        description="the adapter switched off (LoRA), a frozen copy (full), or what prepare --reference wrote",
     )
     draws: int | None = Field(
         None, ge=1, description="different draws of noise, timestep and order; then they repeat; default: never"
@@ -145,6 +145,7 @@ class Config(BaseModel):
     # Checkpoints and logs
     checkpoint_every: int = Field(500, ge=1, description="optimizer steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
+    profile: bool = Field(False, description="trace a few steps: profile/ in the run directory, and a table")
     log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
     tracker: Literal["tensorboard", "wandb", "none"] = Field(
         "tensorboard", description="live curves beside metrics.jsonl"
