@@ -45,9 +45,9 @@ class LiteralOffline:
             raise ValueError("the literal trainer has no flips, posterior, dropout, label noise or safeguard")
         if config.train != "lora" or config.init_lora is not None:
             raise ValueError("the literal trainer is for a LoRA that starts from nothing")
-        self.config, device = config, torch.device("cpu")
+        self.config, device = config.model_copy(update={"compile": False}), torch.device("cpu")
         folder, frozen = resolve_model_dir(config.model), DTYPES[config.precision]
-        self.unet: Any = load_policy(config, folder, device, needs_reference=False).unet
+        self.unet: Any = load_policy(self.config, folder, device, needs_reference=False).unet
         self.trained = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(config, self.trained)
         self.vae: Any = load_vae(folder, "fp64" if config.precision == "fp64" else config.vae_precision, device)
