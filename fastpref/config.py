@@ -155,6 +155,7 @@ class Config(BaseModel):
     # Checkpoints and logs
     checkpoint_every: int = Field(500, ge=1, description="optimizer steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
+    profile: bool = Field(False, description="trace a few steps: profile/ in the run directory, and a table")
     log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
     tracker: Literal["tensorboard", "wandb", "none"] = Field(
         "tensorboard", description="live curves beside metrics.jsonl"

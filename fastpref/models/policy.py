@@ -14,6 +14,7 @@ import torch
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.models.attention import set_attention
+from fastpref.models.compiled import compile_blocks
 from fastpref.models.loading import DTYPES, load_unet
 from fastpref_kernels import patch_unet
 
@@ -170,6 +171,10 @@ def load_policy(config: Config, model_dir: Path, device: torch.device, *, needs_
         patch_unet(unet)
         if reference is not None:
             patch_unet(reference)
+    if config.compile:
+        for model in (unet, reference):
+            if model is not None:
+                compile_blocks(model)
     unet.eval()  # a dropout mask would make the rewards of the first pass other than those of the second
     return Policy(unet, config, device, reference)
 
@@ -179,6 +184,8 @@ def load_reference(config: Config, model_dir: Path, device: torch.device) -> Pol
     if config.init_lora is not None:
         return load_policy(config.model_copy(update={"reference": "adapter"}), model_dir, device, needs_reference=True)
     unet = load_unet(model_dir, DTYPES[config.precision], config.unet).requires_grad_(False).to(device).eval()
+    if config.compile:
+        compile_blocks(unet)
     return Policy(unet, config, device, reference=unet)
 
 

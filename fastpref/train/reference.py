@@ -86,14 +86,14 @@ class LedgerSummary:
     steps: int
     draws: int
     rows: int  # that passed the reference in this call
-    found: int  # parts that were there already
+    found: int  # parts of this rank that were there already
     seconds: float
     dry_run: bool = False
 
     def __str__(self) -> str:
         head = "dry run, nothing written" if self.dry_run else "up to date" if not self.rows else "reference ledger"
         lines = [f"{self.path}: {head}", f"  {self.steps} steps, {self.draws} draws of a pair"]
-        lines.append(f"  {self.rows} rows through the reference in {self.seconds:.1f} s; {self.found} parts were there")
+        lines.append(f"  {self.rows} rows through the reference, {self.seconds:.1f} s; {self.found} files were there")
         return "\n".join(lines)
 
 
@@ -112,14 +112,14 @@ def prepare_reference(config: Config, *, dry_run: bool = False, progress: bool =
     sampler = open_sampler(config, store)
     ledger = ledger_of(config, model_dir, store, sampler, schedule)
     steps = steps_to_look_up(config, sampler)
-    missing, wanted = ledger.missing(steps), len(list(ledger.parts(steps)))
-    todo = missing if dry_run else [part for _, part in ranks.share(missing)]
+    wanted = [part for _, part in ranks.share(list(ledger.parts(steps)))]
+    todo = [part for part in wanted if not (ledger.path / part.file).is_file()]
     rows = sum(2 * len(part.steps) * config.batch_size for part in todo)
     if todo and not dry_run:
         writer = _Writer(config, load_reference(config, model_dir, device), sampler, store, schedule)
         writer.write(ledger, todo, progress and ranks.rank == 0)
     draws, seconds = -(-steps // sampler.batches_per_epoch), time.perf_counter() - started
-    return LedgerSummary(ledger.path, steps, draws, rows, wanted - len(missing), seconds, dry_run)
+    return LedgerSummary(ledger.path, steps, draws, rows, len(wanted) - len(todo), seconds, dry_run)
 
 
 class _Stretch(NamedTuple):
