@@ -59,6 +59,7 @@ class Config(BaseModel):
         "auto", description="auto: sdpa, sliced if a CPU is short of memory; xformers and flash need their packages"
     )
     fused_ops: bool = Field(False, description="the kernels' GroupNorm+SiLU, GEGLU and LoRA in the UNet")
+    compile: bool = Field(False, description="torch.compile the UNet block by block: slower to start, then faster")
     accumulation: Literal["rewards_first", "keep_graphs"] = Field(
         "rewards_first", description="RPO over several micro-batches: one more forward, or all graphs in memory"
     )
@@ -90,8 +91,12 @@ class Config(BaseModel):
     ratio_clip: float | None = Field(
         0.1, gt=0, description="spo, lpo: bound of the likelihood ratios around 1; beyond it no gradient; null: off"
     )
-    reference: Literal["auto", "adapter", "copy"] = Field(
-        "auto", description="reference model: the adapter switched off (LoRA) or a frozen copy (full)"
+    reference: Literal["auto", "adapter", "copy", "ledger"] = Field(
+        "auto",
+        description="the adapter switched off (LoRA), a frozen copy (full), or what prepare --reference wrote",
+    )
+    draws: int | None = Field(
+        None, ge=1, description="different draws of noise, timestep and order; then they repeat; default: never"
     )
 
     # Step-wise preference optimization
@@ -150,6 +155,7 @@ class Config(BaseModel):
     # Checkpoints and logs
     checkpoint_every: int = Field(500, ge=1, description="optimizer steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
+    profile: bool = Field(False, description="trace a few steps: profile/ in the run directory, and a table")
     log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
     tracker: Literal["tensorboard", "wandb", "none"] = Field(
         "tensorboard", description="live curves beside metrics.jsonl"
@@ -167,7 +173,7 @@ class Config(BaseModel):
     clip: str | None = Field(None, description="CLIP folder for RPO's embeddings, spm and spo; 'emoji' is bundled")
     max_reject_share: float = Field(0.05, ge=0, le=1, description="prepare fails above this share of bad records")
     shard_size: int = Field(1024, ge=1, description="rows in a shard of the store")
-    prepare_batch_size: int = Field(16, ge=1, description="images or captions per encoder call")
+    prepare_batch_size: int = Field(16, ge=1, description="images, captions or (ledger) pairs a call")
     max_image_pixels: int = Field(64_000_000, ge=1024, description="larger images are rejected as decompression bombs")
 
     # Sampling and evaluation

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 POLICY_METHODS = ("sft", "dpo", "rpo", "spo", "lpo")
 STEPWISE_METHODS = ("spo", "lpo")
 SCORER_METHODS = ("spm", "lrm")
+LEDGER_METHODS = ("dpo", "rpo")
 
 # What a recipe that leaves it open gets with its method.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -56,6 +57,8 @@ def check_config(config: Config) -> None:
         raise ValueError("pure_bf16 is set without precision bf16 or without step_in_backward: set both")
     if config.pure_bf16 and config.ema_decay is not None:
         raise ValueError("ema_decay is set with pure_bf16, where an average would be rounded away: remove one")
+    if config.reference == "ledger" and config.method not in LEDGER_METHODS:
+        raise ValueError(f"reference is ledger with method {config.method}: dpo and rpo have one")
     if config.preset == "reference" and config.method != "spo":
         raise ValueError(f"preset is reference with method {config.method}: there is one for spo only")
     if config.method in SCORER_METHODS:
@@ -97,7 +100,7 @@ def _check_scorer_method(config: Config) -> None:
 
 
 def _check_stepwise(config: Config) -> None:
-    unused = ("safeguard", "sft_weight", "caption_dropout", "label_noise", "label_smoothing", "relabel")
+    unused = ("safeguard", "sft_weight", "caption_dropout", "label_noise", "label_smoothing", "relabel", "draws")
     _refuse(config, unused)
     branched = config.sample_steps - config.plain_steps
     if branched < 1:

@@ -34,7 +34,7 @@ class BackwardEngine(LocalEngine):
         self.skipped_tensors = 0
         self._number, self._squares, self._whole = 0, 0.0, True
         for index, parameter in enumerate(self.parameters):
-            parameter.register_post_accumulate_grad_hook(partial(self._update, index))
+            parameter.register_post_accumulate_grad_hook(partial(self._update_tensor, index))
 
     def begin(self, step: int, learning_rate: float) -> None:
         self._number, self._squares, self._whole = step, 0.0, True
@@ -47,9 +47,10 @@ class BackwardEngine(LocalEngine):
         else:
             self._whole = False
 
-    def step(self, learning_rate: float) -> float | None:
-        self._update_ema()
-        return math.sqrt(self._squares) if self._whole else None
+    def launch(self, learning_rate: float, loss: torch.Tensor) -> torch.Tensor:
+        if self.ema:
+            self._update_ema(torch.ones((), dtype=torch.bool, device=self.ema[0].device))
+        return torch.tensor(math.sqrt(self._squares) if self._whole else math.nan)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors, values = super().state()
@@ -60,7 +61,7 @@ class BackwardEngine(LocalEngine):
         self.skipped_tensors = values["skipped_tensors"]
 
     @torch.no_grad()
-    def _update(self, index: int, parameter: torch.Tensor) -> None:
+    def _update_tensor(self, index: int, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         wide = torch.promote_types(parameter.dtype, torch.float32)
         norm = float(torch.linalg.vector_norm(parameter.grad, dtype=wide))

@@ -50,6 +50,11 @@ class Engine(Protocol):
         and nothing was updated."""
         ...
 
+    def launch(self, learning_rate: float, loss: torch.Tensor) -> torch.Tensor:
+        """As :meth:`step`, without waiting for the device: the norm as a scalar tensor. If it or ``loss`` is not finite
+        nothing is updated."""
+        ...
+
     def discard(self) -> None:
         """Clear gradients without an update."""
         ...
@@ -95,19 +100,32 @@ class LocalEngine:
         self.scaler.scale(objective).backward()
 
     def step(self, learning_rate: float) -> float | None:
+        norm = float(self.launch(learning_rate, torch.zeros((), device=self.parameters[0].device)))
+        return norm if math.isfinite(norm) else None
+
+    def launch(self, learning_rate: float, loss: torch.Tensor) -> torch.Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
-        finite = math.isfinite(norm)
-        if finite or self.scaler.is_enabled():  # an enabled scaler skips by itself and must see it, to lower its scale
-            self.scaler.step(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        finite = torch.isfinite(norm) & torch.isfinite(loss)
+        self._update(finite)
         self.scaler.update()
         self.discard()
-        if finite:
-            self._update_ema()
-        return norm if finite else None
+        if self.ema:
+            self._update_ema(finite)
+        return norm
+
+    def _update(self, finite: torch.Tensor) -> None:
+        """The optimizer's step where ``finite`` says so; fused optimizers read that on the device."""
+        if self.scaler.is_enabled():  # skips by itself and must see the gradients, to lower its scale
+            self.scaler.step(self.optimizer)
+        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.found_inf = (~finite).to(torch.float32)
+            self.optimizer.step()
+        elif bool(finite):
+            self.optimizer.step()
 
     def discard(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -146,10 +164,11 @@ class LocalEngine:
         return dict(zip(self.names, self.ema, strict=False))
 
     @torch.no_grad()
-    def _update_ema(self) -> None:
-        if self.ema:
-            assert self.ema_decay is not None
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1.0 - self.ema_decay)
+    def _update_ema(self, finite: torch.Tensor) -> None:
+        assert self.ema_decay is not None
+        weight = finite.to(self.ema[0].dtype) * (1.0 - self.ema_decay)
+        for average, parameter in zip(self.ema, self.parameters, strict=True):
+            average.lerp_(parameter, weight)
 
 
 def open_engine(model: Trainable, config: Config) -> LocalEngine:
