@@ -74,7 +74,8 @@ def make_plan(config: Config, gpus: int, device: str, family: str | None = None)
 
 def _plan(config: Config, gpus: int, device: str, shapes: Shapes, nearest: str) -> Plan:
     batch = Batch.of(config, gpus)
-    seen = config if config.step_in_backward else config.model_copy(update={"optimizer": "adamw"})  # counts it not
+    unseen = {"compile": False} if config.step_in_backward else {"compile": False, "optimizer": "adamw"}
+    seen = config.model_copy(update=unseen)  # what the count does not depend on, or counts as eager
     sizes = (json.dumps(shapes.unet), shapes.latent, shapes.tokens, batch.micro)
     count = _counted(seen.model_dump_json(), *sizes, batch.rounds > 1)
     resident = resident_bytes() if device == "cpu" else 0

@@ -73,6 +73,13 @@ def test_checkpointing_saves_activations_and_costs_work(sdxl_config: MakeConfig)
     assert 1.8 < double.activations / plain.activations < 2.1 and 1.9 < double.flops / plain.flops <= 2.0
 
 
+def test_a_ledger_needs_no_reference(sdxl_config: MakeConfig) -> None:
+    full = ["method=dpo", "train=full", "batch_size=2"]
+    copied, ledger = counted(sdxl_config(*full), 2), counted(sdxl_config(*full, "reference=ledger"), 2)
+    assert copied.frozen == ledger.trained and ledger.frozen == 0
+    assert 0.70 < ledger.flops / copied.flops < 0.80  # three passes of four, a backward being two
+
+
 def test_the_step_inside_the_backward_saves_the_gradients(sdxl_config: MakeConfig) -> None:
     full = ["method=dpo", "train=full", "batch_size=2", "gradient_checkpointing=true"]
     plain = counted(sdxl_config(*full), 2)
