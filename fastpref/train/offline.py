@@ -23,9 +23,10 @@ from fastpref.errors import UserError
 from fastpref.models.policy import Policy, load_policy
 from fastpref.objectives import Objective, PairRewards, Solution, build_objective
 from fastpref.train.batch import BatchBuilder, PairBatch
-from fastpref.train.engine import Engine, LocalEngine
+from fastpref.train.engine import Engine, open_engine
 from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_store
 from fastpref.train.trainer import PolicyTrainer
+from fastpref.train.world import World
 from fastpref_kernels import implicit_reward, implicit_reward_parts
 
 
@@ -45,7 +46,9 @@ class _Outcome(NamedTuple):
     effective_contrasts: float = 1.0
 
 
-def open_trainer(config: Config, model_dir: Path, device: torch.device) -> OfflineTrainer:
+def open_trainer(
+    config: Config, model_dir: Path, device: torch.device, world: World | None = None
+) -> OfflineTrainer:
     """Check store, model and batch arithmetic, and load what is trained.
 
     Raises:
@@ -57,7 +60,7 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device) -> Offli
     policy = load_policy(config, model_dir, device, needs_reference=objective.uses_reference)
     check_unet(policy.unet, store, config)
     batches = BatchBuilder(store, schedule, config, device, with_losers=objective.uses_losers)
-    return OfflineTrainer(config, policy, objective, sampler, batches, LocalEngine(policy, config))
+    return OfflineTrainer(config, policy, objective, sampler, batches, open_engine(policy, config, world or World()))
 
 
 @dataclass
@@ -94,7 +97,7 @@ class OfflineTrainer(PolicyTrainer):
             loss += solution.loss.double().cpu() * share
             parts.append(scored.rewards)
         rewards = self._gather(PairRewards.concatenate(parts))
-        return _Outcome(float(self.engine.gather(loss.view(1, 1)).sum()), rewards)
+        return _Outcome(float(self.engine.world.gather(loss.view(1, 1)).sum()), rewards)
 
     def _coupled(self, plan: BatchPlan) -> _Outcome:
         """Rewards of the whole global batch, then the gradient of each micro-batch."""
@@ -135,12 +138,11 @@ class OfflineTrainer(PolicyTrainer):
     def _backward(self, reward: torch.Tensor, solution: Solution, share: float = 1.0) -> None:
         weights = [solution.grad_w] if solution.grad_l is None else [solution.grad_w, solution.grad_l]
         weight = torch.cat(weights) * share
-        if bool(torch.isfinite(weight).all()):
-            self.engine.backward((weight.detach() * reward).sum())
+        if self.backward((weight.detach() * reward).sum()):
             self.policy.count_backward(len(reward))
 
     def _gather(self, rewards: PairRewards) -> PairRewards:
-        return rewards.unstacked(self.engine.gather(rewards.stacked()))
+        return rewards.unstacked(self.engine.world.gather(rewards.stacked()))
 
     def _metrics(self, step: int, outcome: _Outcome, norm: float | None, rate: float) -> dict[str, Any]:
         rewards = outcome.rewards
