@@ -48,7 +48,16 @@ class Config(BaseModel):
     # Batch
     batch_size: int = Field(16, ge=1, description="global batch, in pairs, over all micro-batches and ranks")
     micro_batch_size: int | None = Field(None, ge=1, description="pairs per forward; default: the whole batch")
-    engine: Literal["local", "deepspeed"] = Field("local", description="what runs backward and step")
+    engine: Literal["local", "deepspeed"] = Field(
+        "local", description="local: every rank holds all weights and states; deepspeed: they are split (ZeRO)"
+    )
+    zero_stage: Literal[1, 2, 3] | None = Field(
+        None, description="deepspeed: split optimizer states (1), gradients too (2), weights too (3); default 2"
+    )
+    deepspeed: str | None = Field(
+        None, description="DeepSpeed JSON for what the recipe does not say: offload, buckets, communication"
+    )
+    rank_timeout: float = Field(1800.0, gt=0, description="seconds a rank may keep the others waiting")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if present")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's choice")
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(

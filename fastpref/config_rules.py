@@ -61,6 +61,10 @@ def check_config(config: Config) -> None:
         raise ValueError(f"reference is ledger with method {config.method}: dpo and rpo have one")
     if config.preset == "reference" and config.method != "spo":
         raise ValueError(f"preset is reference with method {config.method}: there is one for spo only")
+    if config.engine == "deepspeed" and config.optimizer == "adafactor":
+        raise ValueError("optimizer is adafactor, which ZeRO's flat partitions change: use adamw, or engine=local")
+    if config.engine == "local" and (config.zero_stage or config.deepspeed):
+        raise ValueError("zero_stage or deepspeed is set with engine local: set engine=deepspeed")
     if config.method in SCORER_METHODS:
         _check_scorer_method(config)
     if config.method in STEPWISE_METHODS:
@@ -92,6 +96,8 @@ def _refuse(config: Config, keys: tuple[str, ...]) -> None:
 def _check_scorer_method(config: Config) -> None:
     if config.train != "full":
         raise ValueError(f"method {config.method} trains all weights of the preference model: set train=full")
+    if config.zero_stage == 3:
+        raise ValueError(f"zero_stage is 3 with method {config.method}, whose model has no single forward: use 1 or 2")
     _refuse(config, ("safeguard", "sft_weight", "caption_dropout"))
     if config.relabel is not None and config.label_noise:
         raise ValueError("label_noise is set with relabel, which passes over the records' labels: remove one")
