@@ -213,7 +213,9 @@ def export(
 def main() -> None:
     """Run a command; a user's error is one line on stderr and exit code 2."""
     debug = "--debug" in sys.argv
-    own = [a for a in sys.argv[1:] if a != "--debug" and not a.startswith("--local_rank")]  # deepspeed's launcher adds it
+    own = [
+        a for a in sys.argv[1:] if a != "--debug" and not a.startswith("--local_rank")
+    ]  # deepspeed's launcher adds it
     try:
         code = app(own or ["--help"], standalone_mode=False)
     except UserError as error:

@@ -39,7 +39,9 @@ def read_settings(config: Config) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError("cannot read the DeepSpeed settings", config.deepspeed, str(error)) from None
     if not isinstance(found, dict) or not all(isinstance(found.get(k, {}), dict) for k in _SECTIONS):
-        raise UserError("the DeepSpeed settings are no JSON object of sections", config.deepspeed, "see configs/deepspeed")
+        raise UserError(
+            "the DeepSpeed settings are no JSON object of sections", config.deepspeed, "see configs/deepspeed"
+        )
     return found
 
 
@@ -66,6 +68,8 @@ def derive(config: Config, settings: dict[str, Any], world_size: int) -> dict[st
     zero.setdefault("overlap_comm", zero["stage"] == 2)
     if zero["stage"] != 2 and zero["overlap_comm"] is True:
         raise UserError("overlap_comm is true", where, f"remove it with zero_stage {zero['stage']}")
+    if config.precision in ("bf16", "fp16"):
+        zero.setdefault("memory_efficient_linear", False)  # it rounds before the bias, which autocast does not see
     if config.precision == "fp64":
         zero["reduce_scatter"] = False  # DeepSpeed has it in half and single precision only
     return settings | _ALWAYS
@@ -79,7 +83,9 @@ def zero_stage(config: Config, settings: dict[str, Any]) -> int:
     if found == AUTO:
         return 2
     if found not in (1, 2, 3):
-        raise UserError(f"zero_optimization.stage is {found!r}", str(config.deepspeed), "use 1, 2 or 3; or engine=local")
+        raise UserError(
+            f"zero_optimization.stage is {found!r}", str(config.deepspeed), "use 1, 2 or 3; or engine=local"
+        )
     return int(found)
 
 

@@ -236,9 +236,7 @@ class ShardedEngine:
         if self.stage < 3:
             self.zero.update_lp_params()
             return
-        for number, (low, flat) in enumerate(
-            zip(self.zero.fp16_partitioned_groups_flat, self._groups(), strict=True)
-        ):
+        for number, (low, flat) in enumerate(zip(self.zero.fp16_partitioned_groups_flat, self._groups(), strict=True)):
             low.data.copy_(flat.data)
             self.zero._unflatten_partitioned_parameters(number)
         kept = self.zero.persistent_parameters

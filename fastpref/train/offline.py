@@ -46,9 +46,7 @@ class _Outcome(NamedTuple):
     effective_contrasts: float = 1.0
 
 
-def open_trainer(
-    config: Config, model_dir: Path, device: torch.device, world: World | None = None
-) -> OfflineTrainer:
+def open_trainer(config: Config, model_dir: Path, device: torch.device, world: World | None = None) -> OfflineTrainer:
     """Check store, model and batch arithmetic, and load what is trained.
 
     Raises:

@@ -45,9 +45,7 @@ _SHUFFLE = 1 << 14  # stream of the keyed permutation, beside those of the sampl
 _EMPTY_ROUNDS = 3  # rounds in a row without a pair before giving up
 
 
-def open_trainer(
-    config: Config, model_dir: Path, device: torch.device, world: World | None = None
-) -> StepwiseTrainer:
+def open_trainer(config: Config, model_dir: Path, device: torch.device, world: World | None = None) -> StepwiseTrainer:
     """Check prompts, models and scorer, and load what is trained and what judges.
 
     Raises:

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from fastpref.config import Config, load_config
 
 STEPS = 20
-SCORER = '''
+SCORER = """
 def bright(images, prompts, t):
     return 1500 * images.mean(dim=(1, 2, 3)) + 800 * images.std(dim=(1, 2, 3))
-'''
+"""
 METHODS = {
     "dpo": ["method=dpo", "micro_batch_size=4"],
     "rpo": ["method=rpo", "group_size=4", "temperature=0.3", "micro_batch_size=2", "ema_decay=0.9"],
@@ -206,7 +206,10 @@ def test_resuming_is_exact_on_the_same_layout_and_close_on_another(
 
 @pytest.mark.parametrize("layout", ["2x4", "ZeRO-3"])
 def test_two_ranks_go_on_as_one(
-    runs: dict[str, Config], alone: dict[str, Config], recipe: Callable[..., Config], layout: str,
+    runs: dict[str, Config],
+    alone: dict[str, Config],
+    recipe: Callable[..., Config],
+    layout: str,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     config = recipe(f"{layout}-to-one", *METHODS["rpo"], "resume=auto")
@@ -215,9 +218,7 @@ def test_two_ranks_go_on_as_one(
     assert "going on as 1 rank: equal to rounding" in " ".join(capfd.readouterr().err.split())
 
 
-def test_a_disk_that_fills_in_one_rank_leaves_the_checkpoint_before(
-    resumed: dict[str, Config], folder: Path
-) -> None:
+def test_a_disk_that_fills_in_one_rank_leaves_the_checkpoint_before(resumed: dict[str, Config], folder: Path) -> None:
     config = resumed["no space"]
     for rank in (0, 1):
         said = (folder / f"no-space.rank{rank}.error").read_text()
@@ -233,9 +234,7 @@ def test_the_launchers_start_it(folder: Path, recipe: Callable[..., Config], run
     (file,) = ranks.recipe_files([Task(config)], folder)
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"]
     command = [*launcher, str(ranks.free_port()), "--module", "fastpref.cli", "train", file]
-    result = subprocess.run(
-        [*command, f"deepspeed={folder}/zero.json"], capture_output=True, text=True, timeout=600
-    )
+    result = subprocess.run([*command, f"deepspeed={folder}/zero.json"], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     assert [line["loss"] for line in lines(config)] == [line["loss"] for line in lines(runs["dpo-ZeRO-2"])[:3]]
     assert result.stdout.count("3 steps of dpo") == 1
