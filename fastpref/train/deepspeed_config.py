@@ -68,6 +68,8 @@ def derive(config: Config, settings: dict[str, Any], world_size: int) -> dict[st
     zero.setdefault("overlap_comm", zero["stage"] == 2)
     if zero["stage"] != 2 and zero["overlap_comm"] is True:
         raise UserError("overlap_comm is true", where, f"remove it with zero_stage {zero['stage']}")
+    if config.precision in ("bf16", "fp16"):
+        zero.setdefault("memory_efficient_linear", False)  # it rounds before the bias, which autocast does not see
     if config.precision == "fp64":
         zero["reduce_scatter"] = False  # DeepSpeed has it in half and single precision only
     return settings | _ALWAYS

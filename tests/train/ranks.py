@@ -88,7 +88,8 @@ def train(config: Config, source: Path | None = None, fault: str = "") -> None:
     with pytest.MonkeyPatch.context() as patch:
         if fault and world.rank == world.size - 1:
             FAULTS[fault](patch)
-        _run(config, world, dry_run=False)
+        with world.watching():
+            _run(config, world, dry_run=False)
 
 
 def _nan(patch: pytest.MonkeyPatch) -> None:
