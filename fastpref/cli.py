@@ -23,6 +23,7 @@ ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="recipe, e.g. 
 RANK_LOST = 3  # exit code
 Device = Literal["auto", "cpu", "cuda"]
 ImageFormat = Literal["png", "jpeg"]
+Family = Literal["sdxl", "sd15"]
 Layout = Literal["pipeline", "diffusers", "kohya"]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings over the recipe's")]
 
@@ -220,6 +221,23 @@ def export(
     from fastpref.models.export import run_export
 
     typer.echo(f"{run_export(run, out, layout=layout, overwrite=overwrite)}")
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="ranks, one a GPU")] = 1,
+    device: Annotated[str, typer.Option(help="h100, a100, rtx4090, …; cpu is this machine")] = "h100",
+    family: Annotated[Family | None, typer.Option(help="public base model, where the recipe's is not here")] = None,
+) -> None:
+    """Predict memory per GPU, traffic, work and disk of a recipe, and the nearest change that fits."""
+    from rich.console import Console
+
+    from fastpref.config import load_config
+    from fastpref.plan.report import make_plan, render
+
+    Console().print(render(make_plan(load_config(config, overrides), gpus, device, family)))
 
 
 @app.command()

@@ -228,6 +228,12 @@ class Config(BaseModel):
         return min(self.batch_size, MAX_DEFAULT_GROUP) if self.method == "rpo" else 1
 
     @property
+    def merges_rollout(self) -> bool:
+        """Whether the LoRA is part of the weights in the rollout."""
+        merged = self.precision in ("fp32", "fp64") if self.rollout_lora == "auto" else self.rollout_lora == "merged"
+        return merged and self.train == "lora"
+
+    @property
     def run_dir(self) -> Path:
         """Where ``train`` writes."""
         return Path(self.output_dir) / self.name

@@ -151,15 +151,24 @@ def load_policy(config: Config, model_dir: Path, device: torch.device, *, needs_
 
     Frozen weights are in ``config.precision``; trained ones in fp32 (fp64 for fp64, bf16 for ``pure_bf16``).
     """
-    master = torch.float64 if config.precision == "fp64" else torch.float32
-    master = torch.bfloat16 if config.pure_bf16 else master
-    frozen = DTYPES[config.precision] if config.train == "lora" else master
-    unet = load_unet(model_dir, frozen, config.unet)
+    frozen = DTYPES[config.precision] if config.train == "lora" else master_dtype(config)
+    return make_policy(load_unet(model_dir, frozen, config.unet), config, device, needs_reference=needs_reference)
+
+
+def master_dtype(config: Config) -> torch.dtype:
+    """Of the trained weights."""
+    if config.precision == "fp64":
+        return torch.float64
+    return torch.bfloat16 if config.pure_bf16 else torch.float32
+
+
+def make_policy(unet: Any, config: Config, device: torch.device, *, needs_reference: bool) -> Policy:
+    """:func:`load_policy` of a UNet that is already there."""
     unet.requires_grad_(False)
     set_attention(unet, config.attention, device, DTYPES[config.precision])
     reference = None
     if config.train == "lora":
-        _add_lora(unet, config, master)
+        _add_lora(unet, config, master_dtype(config))
     else:
         if needs_reference:
             reference = copy.deepcopy(unet).to(device, DTYPES[config.precision]).eval()

@@ -63,7 +63,6 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device, world: W
     scorer = open_scorer(config, model_dir, device, sampler.score_timesteps, book, work)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     split = config.engine == "deepspeed" and zero_stage(config, read_settings(config)) == 3
-    full = config.precision in ("fp32", "fp64") if config.rollout_lora == "auto" else config.rollout_lora == "merged"
     collector = Collector(
         sampler,
         policy,
@@ -74,7 +73,7 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device, world: W
         config.rollout_batch_size,
         config.decode_batch_size,
         dtype,
-        merge=full and config.train == "lora" and not split,  # a weight that is elsewhere has nothing added to it
+        merge=config.merges_rollout and not split,  # a weight that is elsewhere has nothing added to it
     )
     objective = TransitionObjective(config, policy, book, sampler, prompts)
     engine = open_engine(policy, config, world)
