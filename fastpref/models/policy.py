@@ -15,6 +15,7 @@ from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.models.compiled import compile_blocks
 from fastpref.models.loading import DTYPES, load_unet
+from fastpref.models.shared_prompt import share_prompts
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -78,6 +79,11 @@ class Policy:
         """Inside, the LoRA is part of the weights: no low-rank products; afterwards the weights are as before, bit for
         bit. In half precision the sum is rounded. The targeted layers' weights are held twice meanwhile."""
         return _Merged(self)
+
+    def share_prompts(self) -> None:
+        """Every forward from now on is of pairs, [winners; losers], whose prompts are computed on once."""
+        for unet in {self.unet, self.reference_unet} - {None}:
+            share_prompts(unet)
 
     def count_backward(self, rows: int) -> None:
         """Book a backward through ``rows`` rows; with checkpointing the forward inside it was run again."""

@@ -137,6 +137,7 @@ class _Writer:
         self, config: Config, reference: Policy, sampler: Sampler, store: Store, schedule: NoiseSchedule
     ) -> None:
         check_unet(reference.unet, store, config)
+        reference.share_prompts()
         self.config, self.reference, self.sampler, self.store = config, reference, sampler, store
         self.builder = BatchBuilder(store, schedule, config, reference.device, with_losers=True)
         self.pairs_per_call = config.micro_batch if in_half_precision(config) else config.prepare_batch_size
