@@ -161,7 +161,7 @@ def test_what_the_loader_meets_is_raised_in_the_step(sdxl_config: MakeConfig) ->
 def test_profile_writes_a_trace_and_a_table_that_adds_up(sdxl_config: MakeConfig, tmp_path: Path) -> None:
     from fastpref.runs import run_training
 
-    run_training(sdxl_config("method=rpo", "micro_batch_size=4", "steps=12", "profile=true", "name=profiled"))
+    run_training(sdxl_config("method=rpo", "micro_batch_size=4", "steps=8", "profile=true", "name=profiled"))
     folder = tmp_path / "runs" / "profiled" / "profile"
     with gzip.open(folder / "trace.json.gz") as stream:
         assert len(json.load(stream)["traceEvents"]) > 1000
@@ -170,7 +170,7 @@ def test_profile_writes_a_trace_and_a_table_that_adds_up(sdxl_config: MakeConfig
     assert sum(share.values()) == pytest.approx(1, abs=0.01) and 0 <= share[IDLE] < 0.2
     assert {"data", "noise", "policy forward", "reference", "loss", "backward", "optimizer", "logging"} < share.keys()
     assert share["policy forward"] > share["reference"] > share["loss"], "rewards first: the policy twice"
-    plain = sdxl_config("method=rpo", "micro_batch_size=4", "steps=12", "name=plain")
+    plain = sdxl_config("method=rpo", "micro_batch_size=4", "steps=8", "name=plain")
     run_training(plain)
     lines = [(tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in ("profiled", "plain")]
     assert [json.loads(line)["loss"] for line in lines[0]] == [json.loads(line)["loss"] for line in lines[1]]
