@@ -215,6 +215,16 @@ def export(
     typer.echo(f"{run_export(run, out, layout=layout, overwrite=overwrite)}")
 
 
+@app.command()
+def doctor() -> None:
+    """List what this machine offers: torch, GPUs, optional packages, disk and memory, and why what is missing is."""
+    from rich.console import Console
+
+    from fastpref.doctor import findings, table
+
+    Console().print(table(findings()))
+
+
 def main() -> None:
     """Run a command; a user's error is one line on stderr and exit code 2."""
     debug = "--debug" in sys.argv

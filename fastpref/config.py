@@ -55,6 +55,10 @@ class Config(BaseModel):
         "fp32", description="frozen weights and autocast; trained weights are fp32 (fp64 is for exactness tests)"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward")
+    attention: Literal["auto", "sdpa", "xformers", "flash", "sliced"] = Field(
+        "auto", description="auto: sdpa, sliced if a CPU is short of memory; xformers and flash need their packages"
+    )
+    fused_ops: bool = Field(False, description="the kernels' GroupNorm+SiLU, GEGLU and LoRA in the UNet")
     compile: bool = Field(False, description="torch.compile the UNet block by block: slower to start, then faster")
     accumulation: Literal["rewards_first", "keep_graphs"] = Field(
         "rewards_first", description="RPO over several micro-batches: one more forward, or all graphs in memory"
@@ -130,7 +134,13 @@ class Config(BaseModel):
     lora_targets: list[str] = Field(
         ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="module names that get a LoRA"
     )
-    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = Field("adamw", description="optimizer")
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor"] = Field(
+        "adamw", description="optimizer; the 8-bit ones need bitsandbytes, paged is plain 8-bit on a CPU"
+    )
+    step_in_backward: bool = Field(
+        False, description="full, one process: update each tensor in the backward, clipped on its own; saves gradients"
+    )
+    pure_bf16: bool = Field(False, description="step_in_backward: weights in bf16 alone, rounded stochastically")
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up, in optimizer steps")

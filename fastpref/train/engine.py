@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from fastpref.config import Config
-from fastpref.train.optim import build_optimizer
+from fastpref.train.optim import build_optimizer, load_optimizer_state, optimizer_state
 
 
 class Trainable(Protocol):
@@ -35,6 +35,10 @@ class Engine(Protocol):
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """``(F, n)`` of every rank, joined along the second dimension in rank order."""
+        ...
+
+    def begin(self, step: int, learning_rate: float) -> None:
+        """Called before the first backward of 0-based ``step``."""
         ...
 
     def backward(self, objective: torch.Tensor) -> None:
@@ -89,6 +93,9 @@ class LocalEngine:
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
+    def begin(self, step: int, learning_rate: float) -> None:
+        pass
+
     def backward(self, objective: torch.Tensor) -> None:
         self.scaler.scale(objective).backward()
 
@@ -126,12 +133,11 @@ class LocalEngine:
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors: dict[str, torch.Tensor] = {}
         values: dict[str, Any] = {"optimizer": {}, "scaler": self.scaler.state_dict()}
-        for index, entry in self.optimizer.state_dict()["state"].items():
-            for key, value in entry.items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"optimizer.{index}.{key}"] = value
-                else:
-                    values["optimizer"][f"{index}.{key}"] = value
+        for index, key, value in optimizer_state(self.optimizer):
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value
+            else:
+                values["optimizer"][f"{index}.{key}"] = value
         for name, parameter in zip(self.names, self.parameters, strict=True):
             tensors[f"policy.{name}"] = parameter.detach()
         for name, average in zip(self.names, self.ema, strict=False):
@@ -145,8 +151,7 @@ class LocalEngine:
             if part == "optimizer":
                 index, _, field = rest.partition(".")
                 state.setdefault(int(index), {})[field] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        load_optimizer_state(self.optimizer, state)
         with torch.no_grad():
             for name, parameter in zip(self.names, self.parameters, strict=True):
                 parameter.copy_(tensors[f"policy.{name}"])
@@ -164,3 +169,12 @@ class LocalEngine:
         weight = finite.to(self.ema[0].dtype) * (1.0 - self.ema_decay)
         for average, parameter in zip(self.ema, self.parameters, strict=True):
             average.lerp_(parameter, weight)
+
+
+def open_engine(model: Trainable, config: Config) -> LocalEngine:
+    """The engine a recipe asks for."""
+    if config.step_in_backward:
+        from fastpref.train.backward_step import BackwardEngine
+
+        return BackwardEngine(model, config)
+    return LocalEngine(model, config)

@@ -27,7 +27,7 @@ from fastpref.errors import UserError
 from fastpref.models.policy import Policy, load_policy
 from fastpref.objectives import Objective, PairRewards, Solution, build_objective
 from fastpref.train.batch import BatchBuilder, PairBatch
-from fastpref.train.engine import Engine, LocalEngine
+from fastpref.train.engine import Engine, open_engine
 from fastpref.train.figures import check_untrained, step_figures, step_metrics
 from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_store
 from fastpref.train.loader import Loaded, Loader
@@ -70,7 +70,7 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device) -> Offli
     if objective.uses_losers:
         policy.share_prompts()
     batches = BatchBuilder(store, schedule, config, device, with_losers=objective.uses_losers)
-    return OfflineTrainer(config, policy, objective, sampler, batches, LocalEngine(policy, config), ledger=ledger)
+    return OfflineTrainer(config, policy, objective, sampler, batches, open_engine(policy, config), ledger=ledger)
 
 
 @dataclass
@@ -95,10 +95,11 @@ class OfflineTrainer(PolicyTrainer):
 
     def launch(self, step: int) -> Callable[[], dict[str, Any]]:
         """The step without waiting for the device: batches are read ahead, its numbers are asked for afterwards."""
+        rate = learning_rate_at(self.config, step)
+        self.engine.begin(step, rate)
         outcome = self._coupled(step) if self.objective.couples_pairs else self._separate(step)
         if step == 0 and self.ledger is not None:
             check_untrained(outcome.rewards, self.config.beta)
-        rate = learning_rate_at(self.config, step)
         with phase("optimizer"):
             norm = self.engine.launch(rate, outcome.loss)
         with phase("logging"):
