@@ -61,6 +61,7 @@ compare: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@$(BIN)/python benchmarks/compare.py --short
+	@$(BIN)/python benchmarks/limit.py --quick
 
 kernels: $(VENV)/.dev
 	@echo "== every kernel in every configuration compiled: gates, and the table in kernels/README.md"

@@ -6,8 +6,9 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -37,6 +38,13 @@ class Stopped(Exception):
 
     def __init__(self, number: int) -> None:
         self.exit_code = 128 + number
+
+
+class Launched(NamedTuple):
+    """A step under way: what waits for its metrics, and the seconds of the loop's turn that launched it."""
+
+    metrics: Callable[[], dict[str, Any]]
+    seconds: float
 
 
 @dataclass
@@ -104,17 +112,14 @@ class TrainJob:
             log.sync()
             self._save(run_dir, step, spent())
 
-        waiting: Callable[[], dict[str, Any]] | None = None
-        read_at = began
+        launched: Launched | None = None
 
         def read() -> None:
-            """Log the step before, whose figures have arrived by now."""
-            nonlocal waiting, read_at
-            if waiting is None:
+            """Log the newest step that was launched; by the time the one after it is, its figures have arrived."""
+            nonlocal launched
+            if launched is None:
                 return
-            arrive, waiting = waiting, None
-            metrics, now = arrive(), time.perf_counter()
-            metrics["seconds"], read_at = now - read_at, now
+            metrics, launched = {**launched.metrics(), "seconds": launched.seconds}, None
             with phase("logging"):
                 if metrics["step"] % config.log_every == 0 or metrics["step"] == config.steps:
                     log.write(metrics)
@@ -125,12 +130,12 @@ class TrainJob:
             alone = self.world.size == 1  # ranks stop together, between two steps
             watch = Watch(lambda note: bar.update(task, note=note), lambda: alone and stop.signal is not None)
             trainer.begin(run_dir, watch)
-            read_at = time.perf_counter()
             for step in range(start, config.steps):
                 self.world.beat(step)
                 with profiler.step():
+                    tick = time.perf_counter()
                     try:
-                        launched = trainer.launch(step)
+                        metrics = trainer.launch(step)
                     except Interrupted:
                         assert stop.signal is not None
                         read()
@@ -138,9 +143,12 @@ class TrainJob:
                         log.close()
                         raise Stopped(stop.signal) from None
                     read()
-                    waiting, done = launched, step + 1
-                    stopped_by, last = self.world.most(stop.signal or 0), done == config.steps
+                    stopped_by, done = self.world.most(stop.signal or 0), step + 1
+                    last = done == config.steps
                     due = last or bool(stopped_by) or done % config.checkpoint_every == 0
+                    if due:
+                        metrics = partial(dict, metrics())
+                    launched = Launched(metrics, time.perf_counter() - tick)
                     if due:
                         read()
                 profiler.close(run_dir, last=last)

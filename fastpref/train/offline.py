@@ -68,6 +68,8 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device, world: W
     needs_reference = objective.uses_reference and ledger is None
     policy = load_policy(config, model_dir, device, needs_reference=needs_reference)
     check_unet(policy.unet, store, config)
+    if objective.uses_losers:
+        policy.share_prompts()
     batches = BatchBuilder(store, schedule, config, device, with_losers=objective.uses_losers)
     engine = open_engine(policy, config, world)
     return OfflineTrainer(config, policy, objective, sampler, batches, engine, ledger=ledger)
