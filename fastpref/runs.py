@@ -26,6 +26,7 @@ def run_training(config: Config, *, dry_run: bool = False) -> str:
     earlier, evaluation = _earlier(config) if resuming else ({}, {})
     job = TrainJob.open(config)
     if dry_run:
+        job.trainer.verify()
         subject = job.trainer.describe()
         return f"ok: {config.method}, {subject}, {config.steps} steps of {config.batch_size} pairs"
     run_dir = open_run_dir(config, resuming)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from fastpref.atomic import write_tensors
 
 FORMAT = 1
 _FILES = ("state.safetensors", "state.json")
+_NAME = re.compile(r"step-(\d{6,18})")
 
 
 @dataclass
@@ -56,7 +58,7 @@ def save_checkpoint(
         shutil.rmtree(final)
     os.replace(draft, final)
     _sync(folder)
-    for old in _steps(folder)[keep:]:
+    for old in checkpoint_folders(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -73,6 +75,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             if _sha256(path / name) != manifest["sha256"][name]:
                 raise DamagedCheckpoint(f"{name} does not match its checksum")
         values = json.loads((path / "state.json").read_text())
+        if not manifest["step"] == values["step"] == _step(path):
+            raise DamagedCheckpoint(f"manifest.json says step {manifest['step']}, state.json {values['step']}")
         return Checkpoint(path, int(manifest["step"]), load_file(path / "state.safetensors"), values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(" ".join(str(error).split())) from error
@@ -80,7 +84,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def newest_intact(folder: Path) -> Iterator[Checkpoint | tuple[Path, str]]:
     """Walk from the newest checkpoint down: (path, fault) for each damaged one, then the first intact one, and stop."""
-    for path in _steps(folder):
+    for path in checkpoint_folders(folder):
         try:
             checkpoint = load_checkpoint(path)
         except DamagedCheckpoint as fault:
@@ -90,8 +94,18 @@ def newest_intact(folder: Path) -> Iterator[Checkpoint | tuple[Path, str]]:
         return
 
 
-def _steps(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, newest first; unread."""
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=_step, reverse=True)
+
+
+def newest_step(folder: Path) -> int:
+    """Optimizer steps of the newest checkpoint, 0 if there is none."""
+    return max(map(_step, checkpoint_folders(folder)), default=0)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _sha256(path: Path) -> str:
