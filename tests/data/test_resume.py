@@ -36,7 +36,8 @@ def child(store, rank, size, death):
         name, call = death.split(":")
         owner, attribute = {
             "scan": (prepare, "scan_segment"), "text": (encode.Encoders, "text"), "images": (encode.Encoders, "images"),
-            "shard": (prepare, "write_bytes"), "journal": (workspace.Workspace, "write_journal"), "index": (prepare, "finish"),
+            "shard": (prepare, "write_bytes"), "journal": (workspace.Workspace, "write_journal"),
+            "index": (prepare, "finish"),
         }[name]
         original, calls = getattr(owner, attribute), [0]
         def dying(*arguments, **keywords):

@@ -31,11 +31,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[2]
 if __name__ == "__main__":
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    sys.path[0] = str(REPOSITORY / "tests")
-    sys.path.insert(1, str(REPOSITORY / "benchmarks"))
+    sys.path[0] = str(Path(__file__).parents[1])
+    sys.path.insert(1, str(Path(__file__).parents[2] / "benchmarks"))
 
 import torch
 
