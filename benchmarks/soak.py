@@ -5,8 +5,8 @@
 
 One after another, small DPO, RPO and SPO runs (a random SDXL, 40 pairs) are started with resume=auto, killed up to five
 times each, and left to finish. A moment is a phase, how often it was entered since the start, and a time up to its
-longest duration; all three come from the seed, where the process then was is what its last mark says. With several
-ranks one of them is killed, the launcher has to fail, and nobody may live on. A run is lost if it does not finish, or
+longest duration and a little more; all come from the seed, and where the process then was says its last mark. With
+several ranks one is killed, the launcher has to fail, and nobody may live on. A run is lost if it does not finish, or
 if weights, metrics (but for seconds) or counted work differ from the uninterrupted run's.
 
 Every finished run is written down in the work folder, and a soak that is stopped goes on with the next one. The table
@@ -32,9 +32,11 @@ from typing import Any
 
 import yaml
 from common import RESULTS, markdown, provenance, read_csv, write_csv
+from safetensors.numpy import load_file
 from soak_child import ELSEWHERE, PHASES, Marks
 
 from fastpref.atomic import write_bytes
+from fastpref.train.checkpoint import newest_step
 
 METHODS = ("dpo", "rpo", "spo")
 KILLS_OF_A_RUN = 5
@@ -73,7 +75,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill: ``wait`` seconds after ``rank`` entered ``phase`` for the ``entry``-th time."""
+    """When to kill: up to ``wait`` seconds after ``rank`` entered ``phase`` for the ``entry``-th time."""
 
     rank: int
     phase: str
@@ -134,18 +136,25 @@ def soak_run(machine: Machine, method: str, number: int, seed: int, kills: int) 
     phases, name = uninterrupted(machine, method), f"{method}-{number}"
     run, rows = machine.work / "runs" / name, list[dict[str, Any]]()
     shutil.rmtree(run, ignore_errors=True)
-    shuffled = rng.sample(sorted(phases), len(phases))
+    shuffled = rng.sample(sorted(phases.keys() - {"export"}), len(phases) - 1)
     fault = ""
     while len(rows) < kills and not fault:
         phase = shuffled[(number + len(rows)) % len(shuffled)] if len(rows) + 1 < kills else "export"
         entries, longest = phases[phase]
-        # Within a fifth of the run, so that every part of it gets its turn.
-        moment = Moment(rng.randrange(machine.ranks), phase, rng.randint(1, max(1, entries // 5)), longest)
+        # Within a fifth of the run, so that every part of it gets its turn; and sometimes just behind the phase.
+        moment = Moment(rng.randrange(machine.ranks), phase, rng.randint(1, max(1, entries // 5)), 1.3 * longest)
         died, fault = kill_at(machine, method, name, moment, rng.random())
         if died is None:
             break
         rows.append({"method": method, "run": number, "kill": len(rows) + 1, "rank": moment.rank, "seed": seed})
-        rows[-1] |= {"aimed_at": phase, "entry": moment.entry, "died_in": died, "checkpoint": newest(run)}
+        rows[-1] |= {
+            "aimed_at": phase,
+            "entry": moment.entry,
+            "died_in": died,
+            "checkpoint": newest_step(run / "checkpoints"),
+        }
+    if not rows:
+        raise SystemExit(f"{name}: {fault or 'was over before it could be killed'}: see {machine.work / 'log'}")
     if not fault:
         fault = finish(machine, method, name)
     rows = [row | {"resumed": not fault, "identical": not fault, "fault": fault} for row in rows]
@@ -207,21 +216,13 @@ def result(run: Path) -> dict[str, Any]:
     """What has to be equal of two runs."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
-    counted = {
-        key: value for key, value in summary.items() if key.startswith(("unet_", "vae_", "text_", "samples_seen"))
-    }
+    counted = {key: value for key, value in summary.items() if key.startswith(("unet_", "vae_", "text_"))}
+    weights = load_file(run / "pytorch_lora_weights.safetensors")  # the file's bytes vary: its metadata has no order
     return {
-        "weights": (run / "pytorch_lora_weights.safetensors").read_bytes(),
+        "weights": {key: (str(value.dtype), value.shape, value.tobytes()) for key, value in weights.items()},
         "metrics": [{key: value for key, value in line.items() if key != "seconds"} for line in lines],
         "counts": counted,
     }
-
-
-def newest(run: Path) -> int:
-    """Steps of the newest checkpoint that a kill left, 0 without."""
-    from fastpref.train.checkpoint import newest_step
-
-    return newest_step(run / "checkpoints")
 
 
 def report(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -236,7 +237,7 @@ def report(rows: Sequence[dict[str, Any]], path: Path) -> None:
     runs = {(row["method"], row["run"]): row["fault"] for row in rows}
     about = (
         f"{len(rows)} kill -9 in {len(runs)} runs on {rows[0]['ranks']} rank(s), engine {rows[0]['engine']}; each run "
-        f"resumed to its end: {sum(not fault for fault in runs.values())} identical to the uninterrupted one in weights "
+        f"resumed to its end: {sum(not fault for fault in runs.values())} are the uninterrupted one in weights "
         f"(bit for bit), metrics and counted work, {sum(bool(fault) for fault in runs.values())} lost.\n\n"
     )
     write_bytes(path, f"{about}{markdown(['died in', *METHODS, 'lost'], table)}\n".encode())

@@ -1,4 +1,6 @@
-"""``fastpref train`` that says, in memory shared with soak.py, which phase it is in: ``soak_child.py MARKS ARGUMENT …``.
+"""``fastpref train`` that says, in memory shared with soak.py, which phase it is in.
+
+    python benchmarks/soak_child.py MARKS CONFIG [KEY=VALUE …]
 
 ``MARKS`` is a folder with a file ``rank-N`` for every rank: :class:`Marks`.
 """
@@ -100,6 +102,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # kernels.py beside this file is not the package that transformers looks for
     # deepspeed's launcher puts --local_rank first
     sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))]
     main()
