@@ -138,7 +138,7 @@ class Config(BaseModel):
 
     # Trained weights and optimizer
     train: Literal["lora", "full"] = Field("lora", description="what is trained")
-    lora_rank: int = Field(8, ge=1, description="LoRA rank")
+    lora_rank: int = Field(8, ge=1, le=4096, description="LoRA rank")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA alpha; default: the rank")
     lora_targets: list[str] = Field(
         ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="module names that get a LoRA"
@@ -171,7 +171,9 @@ class Config(BaseModel):
     )
 
     # Prepare
-    resolution: int = Field(32, ge=8, multiple_of=8, description="pixels; with buckets the square root of the area")
+    resolution: int = Field(
+        32, ge=8, le=16384, multiple_of=8, description="pixels; with buckets the square root of the area"
+    )
     buckets: bool = Field(False, description="aspect-ratio buckets instead of one centre-cropped square")
     ties: Literal["drop", "half", "keep"] = Field(
         "drop", description="label 0.5: leave out; label of one half; or keep jpg_0 as winner with label 0.5 recorded"

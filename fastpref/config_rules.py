@@ -35,6 +35,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 
 def check_config(config: Config) -> None:
     """Raise ValueError, in one line, for settings that do not go together."""
+    _check_names(config)
     micro, group = config.micro_batch, config.group
     if config.batch_size % micro and config.method not in STEPWISE_METHODS:
         raise ValueError(f"micro_batch_size is {micro}, must divide batch_size {config.batch_size}")
@@ -85,6 +86,21 @@ def _check_step_in_backward(config: Config) -> None:
                 f"step_in_backward is set with {setting}: it is for sft, dpo and rpo, train full, on the local engine, "
                 "the batch in one forward, not in fp16"
             )
+
+
+def _check_names(config: Config) -> None:
+    """Texts name files or modules: none may be what no file can be called."""
+    for key, value in config:
+        if isinstance(value, str) and not _is_path(value):
+            raise ValueError(f"{key} is {value[:40]!r}, which no file can be called")
+
+
+def _is_path(value: str) -> bool:
+    try:
+        names = value.encode().split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return b"\0" not in value.encode() and max(map(len, names)) <= 255 and len(value) <= 4000
 
 
 def _refuse(config: Config, keys: tuple[str, ...]) -> None:

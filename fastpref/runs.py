@@ -44,6 +44,7 @@ def _run(config: Config, world: World, *, dry_run: bool) -> str:
     with world.together():
         job = TrainJob.open(config, world=world)
     if dry_run:
+        job.trainer.verify()
         subject = job.trainer.describe()
         said = f"ok: {config.method}, {subject}, {config.steps} steps of {config.batch_size} pairs"
         return said if world.is_main else ""

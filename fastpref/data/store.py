@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 
 from fastpref.data import manifest as files
+from fastpref.data.checksums import PREFIX, row_checksums
 from fastpref.data.manifest import StoreManifest, read_manifest, shard_name
 from fastpref.errors import UserError
 
@@ -67,7 +68,10 @@ class Gathered:
 
 
 class Store:
-    """Random access to prepared pairs. Opening reads the index only; shards are mapped when first used."""
+    """Random access to prepared pairs. Opening reads the index only; shards are mapped when first used.
+
+    Every row that is read is compared with its checksum.
+    """
 
     def __init__(self, path: Path, manifest: StoreManifest) -> None:
         self.path, self.manifest = path, manifest
@@ -95,7 +99,8 @@ class Store:
 
         Args:
             path: its directory.
-            verify: also compare the sha256 of every file (reads the whole store); sizes are always compared.
+            verify: also compare the sha256 of every file (reads the whole store); otherwise sizes and the sha256 of
+                the index are compared.
 
         Raises:
             UserError: not a store, unfinished, another format version, or a file is missing or damaged.
@@ -116,12 +121,8 @@ class Store:
 
     def verify(self) -> None:
         """Compare the sha256 of every file; :class:`UserError` names the first that differs."""
-        for name, entry in self.manifest.files.items():
-            with (self.path / name).open("rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != entry.sha256:
-                    raise UserError(
-                        f"the store's file {name} is damaged", str(self.path), f"its sha256 differs: {_REMEDY}"
-                    )
+        for name in self.manifest.files:
+            self._verify_file(name)
 
     def check_model(self, model_fingerprint: str, family: str) -> None:
         """Raise :class:`UserError` if the store was made with another VAE, text encoder or family."""
@@ -144,7 +145,7 @@ class Store:
 
         Raises:
             ValueError: no or out-of-range indices, several buckets, or ``flip`` without stored flips.
-            UserError: a shard cannot be read.
+            UserError: a shard cannot be read or a row of it is damaged.
         """
         at = np.asarray(indices, dtype=np.int64).reshape(-1)
         mirrored = np.zeros(len(at), dtype=bool) if flip is None else np.asarray(flip, dtype=bool).reshape(-1)
@@ -200,9 +201,9 @@ class Store:
         if self.manifest.clip_fingerprint is None:
             raise UserError("the store has no CLIP embeddings", str(self.path), "prepare it with clip=FOLDER")
         shards = range(int(self._caption_shard[-1]) + 1)
-        table = torch.cat([self._shard(shard_name("clip-text", n))["clip_text"] for n in shards]).numpy()
-        starts = np.cumsum([0, *(len(self._shard(shard_name("clip-text", n))["clip_text"]) for n in shards)])
-        return Gathered(table, (starts[self._caption_shard] + self._caption_row)[self._caption])
+        parts = [self._rows("clip-text", n, "clip_text") for n in shards]
+        starts = np.cumsum([0, *map(len, parts)])
+        return Gathered(torch.cat(parts).numpy(), (starts[self._caption_shard] + self._caption_row)[self._caption])
 
     def captions(self, indices: ArrayLike) -> list[str]:
         """The captions of the pairs at ``indices``."""
@@ -249,23 +250,36 @@ class Store:
         numbers = np.unique(shards)
         positions = torch.from_numpy(rows.astype(np.int64))
         if len(numbers) == 1:
-            return self._tensor(kind, int(numbers[0]), name).index_select(0, positions)
+            return self._rows(kind, int(numbers[0]), name, positions)
         out: torch.Tensor | None = None
         for number in numbers.tolist():
-            tensor = self._tensor(kind, number, name)
-            if out is None:
-                out = tensor.new_empty((len(rows), *tensor.shape[1:]))
             where = torch.from_numpy(np.flatnonzero(shards == number))
-            out[where] = tensor.index_select(0, positions[where])
+            found = self._rows(kind, number, name, positions[where])
+            if out is None:
+                out = found.new_empty((len(rows), *found.shape[1:]))
+            out[where] = found
         assert out is not None
         return out
 
-    def _tensor(self, kind: str, number: int, name: str) -> torch.Tensor:
+    def _rows(self, kind: str, number: int, name: str, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """A copy of the rows at ``positions`` (all without) of a tensor, each as its checksum says."""
         shard = shard_name(kind, number)
+        tensors = self._shard(shard)
         try:
-            return self._shard(shard)[name]
-        except KeyError:
-            raise UserError(f"the store's file {shard} has no tensor {name}", str(self.path), _REMEDY) from None
+            places = torch.arange(len(tensors[name])) if positions is None else positions
+            rows, sums = (tensors[key].index_select(0, places) for key in (name, PREFIX + name))
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise UserError(f"the store's file {shard} lacks rows of {name}", str(self.path), _REMEDY) from error
+        if row_checksums(shard, name, rows).tolist() != sums.tolist():
+            todo = f"a row of {name} does not match its checksum: {_REMEDY}"
+            raise UserError(f"the store's file {shard} is damaged", str(self.path), todo)
+        return rows
+
+    def _verify_file(self, name: str) -> None:
+        with (self.path / name).open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != self.manifest.files[name].sha256:
+                todo = f"its sha256 differs: {_REMEDY}"
+                raise UserError(f"the store's file {name} is damaged", str(self.path), todo)
 
     def _shard(self, name: str) -> dict[str, torch.Tensor]:
         """Tensors of a shard, mapped and not read; the least recently used is unmapped first."""
@@ -284,6 +298,7 @@ class Store:
 
     def _table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         try:
+            self._verify_file(name)
             return pq.read_table(self.path / name, columns=columns)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"the store's file {name} cannot be read", str(self.path), f"{error}: {_REMEDY}") from error

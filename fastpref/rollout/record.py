@@ -74,11 +74,12 @@ class RoundRecord:
 
 def _newest(path: Path) -> dict[str, Any]:
     """The last whole line."""
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     for line in reversed(lines):
         try:
-            found: dict[str, Any] = json.loads(line)
+            found = json.loads(line)
         except ValueError:
             continue  # cut by a kill
-        return found
+        if isinstance(found, dict):
+            return found
     return {}

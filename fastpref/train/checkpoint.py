@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from fastpref.train.world import World
 FORMAT = 1
 _VALUES = "state.json"
 _AT = "@"  # between the name of a tensor and the first element of a piece
+_NAME = re.compile(r"step-(\d{6,18})")
 
 
 @dataclass
@@ -70,7 +72,7 @@ def save_checkpoint(
         with world.together(), _disk(draft):
             if world.is_main:
                 _commit(draft, final, {_shard(rank, world.size): digest for rank, digest in enumerate(hashes)}, values)
-                for old in _steps(folder)[keep:]:
+                for old in checkpoint_folders(folder)[keep:]:
                     shutil.rmtree(old, ignore_errors=True)
     except UserError:
         if world.is_main:
@@ -122,6 +124,8 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
             if _sha256(path / name) != manifest["sha256"][name]:
                 raise DamagedCheckpoint(f"{name} does not match its checksum")
         values = json.loads((path / _VALUES).read_text())
+        if not manifest["step"] == values["step"] == _step(path):
+            raise DamagedCheckpoint(f"manifest.json says step {manifest['step']}, {_VALUES} {values['step']}")
         return Checkpoint(path, int(manifest["step"]), _Joined([path / name for name in shards]), values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedCheckpoint(" ".join(str(error).split())) from error
@@ -129,7 +133,7 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
 
 def newest_intact(folder: Path) -> Iterator[Checkpoint | tuple[Path, str]]:
     """Walk from the newest checkpoint down: (path, fault) for each damaged one, then the first intact one, and stop."""
-    for path in _steps(folder):
+    for path in checkpoint_folders(folder):
         try:
             checkpoint = load_checkpoint(path)
         except DamagedCheckpoint as fault:
@@ -139,8 +143,18 @@ def newest_intact(folder: Path) -> Iterator[Checkpoint | tuple[Path, str]]:
         return
 
 
-def _steps(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, newest first; unread."""
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=_step, reverse=True)
+
+
+def newest_step(folder: Path) -> int:
+    """Optimizer steps of the newest checkpoint, 0 if there is none."""
+    return max(map(_step, checkpoint_folders(folder)), default=0)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _sha256(path: Path) -> str:

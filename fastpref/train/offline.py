@@ -91,6 +91,9 @@ class OfflineTrainer(PolicyTrainer):
     def describe(self) -> str:
         return f"{len(self.batches.store)} pairs"
 
+    def verify(self) -> None:
+        self.batches.store.verify()
+
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step (0-based); returns its metrics over the global batch."""
         return self.launch(step)()

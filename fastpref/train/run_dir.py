@@ -10,6 +10,7 @@ from fastpref import atomic
 from fastpref.atomic import check_writable
 from fastpref.config import Config, load_config, save_config
 from fastpref.errors import UserError
+from fastpref.train.checkpoint import newest_step
 
 # Settings that may change between the parts of a resumed run without changing what is computed.
 # fmt: off
@@ -60,7 +61,7 @@ def check_run_dir(config: Config) -> bool:
     if not is_run:
         raise UserError("not a run directory: nothing to resume", str(run_dir), "choose another name")
     _check_same(config, run_dir)
-    newest = max((int(p.name.removeprefix("step-")) for p in (run_dir / "checkpoints").glob("step-*")), default=0)
+    newest = newest_step(run_dir / "checkpoints")
     if newest > config.steps:
         raise UserError(f"steps is {config.steps} but a checkpoint is at step {newest}", str(run_dir), "set more steps")
     return True

@@ -135,6 +135,9 @@ class PreferenceTrainer(Trainer):
     def describe(self) -> str:
         return f"{len(self.batches.store)} pairs"
 
+    def verify(self) -> None:
+        self.batches.store.verify()
+
     def work(self) -> Work:
         return self.counted
 

@@ -140,14 +140,26 @@ def _tracker(config: Config, run_dir: Path, start: int) -> Any:
 def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
+    kept, damaged = [], 0
+    for number, line in enumerate(_read_lines(path), 1):
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            if json.loads(line)["step"] > step:
+                continue
         except (ValueError, KeyError, TypeError):
-            break  # a line cut by a kill; nothing after it was acknowledged
-    write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
+            damaged = damaged or number  # cut by a kill, unless lines of before the checkpoint follow
+            continue
+        if damaged:
+            todo = "restore the file, or delete it to go on without what it says so far"
+            raise UserError(f"line {damaged} of the metrics is damaged", str(path), todo)
+        kept.append(line)
+    write_bytes(path, b"".join(line + b"\n" for line in kept))
+
+
+def _read_lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError("cannot read the metrics", str(path), error.strerror or str(error)) from error
 
 
 def _finite(value: float) -> bool:

@@ -34,6 +34,9 @@ class Trainer(ABC):
     def begin(self, run_dir: Path, watch: Watch) -> None:  # noqa: B027 - most trainers need neither
         """Called once, after a checkpoint was put back and before the first step."""
 
+    def verify(self) -> None:  # noqa: B027 - step-wise methods read no store
+        """Compare all that is on disk for the training with its checksums; :class:`UserError` if it is damaged."""
+
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors and JSON values that a checkpoint has to keep beside the engine's."""
         return {}, {}
@@ -142,10 +145,10 @@ class PolicyTrainer(Trainer):
 
     def export(self, run_dir: Path) -> None:
         """A LoRA file or a ``unet/`` folder, in diffusers' format."""
-        from fastpref.models.lora_file import WEIGHTS_NAME, save_lora
+        from fastpref.models.lora_file import save_lora
 
         if self.config.train == "lora":
-            save_lora(self.policy.unet, run_dir / WEIGHTS_NAME)
+            save_lora(self.policy.unet, run_dir)
             return
         draft, final = run_dir / ".unet.tmp", run_dir / "unet"
         shutil.rmtree(draft, ignore_errors=True)
