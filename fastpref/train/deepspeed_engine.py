@@ -6,20 +6,17 @@ elements it owns of each parameter and of its moments, so that any layout, and t
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 
 from fastpref.config import Config
-from fastpref.errors import UserError
 from fastpref.train.deepspeed_config import derive, read_settings
+from fastpref.train.deepspeed_runtime import LossScale, import_deepspeed, in_double
 from fastpref.train.engine import Piece, State, optimizer_entries
 from fastpref.train.optim import build_optimizer
 from fastpref.train.world import World
@@ -58,12 +55,12 @@ class ShardedEngine:
 
     def __init__(self, model: Any, config: Config, world: World) -> None:
         self.world, self.trainable = world, model.trainable
-        deepspeed = _import_deepspeed(model.device)
+        deepspeed = import_deepspeed(model.device)
         settings = derive(config, read_settings(config), world.size)
         self.stage = settings["zero_optimization"]["stage"]
         optimizer = build_optimizer(config, list(self.trainable.values()))
         module = model if isinstance(model, torch.nn.Module) else model.unet
-        with _in_double() if config.precision == "fp64" else nullcontext():
+        with in_double() if config.precision == "fp64" else nullcontext():
             found = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
             if self.stage == 3 and getattr(model, "reference_unet", None) is not None:
                 frozen = {key: value for key, value in settings.items() if key != "optimizer"}
@@ -282,69 +279,9 @@ class ShardedEngine:
             torch._foreach_lerp_(self.ema, masters, 1.0 - self.ema_decay)
 
 
-class LossScale:
-    """The dynamic loss scale of fp16: halved when a gradient is not finite, doubled after 2000 that are. Its state is
-    that of :class:`torch.amp.GradScaler`. Off, it is 1."""
-
-    def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled
-        self.value, self.good = (65536.0, 0) if enabled else (1.0, 0)
-
-    def update(self, finite: bool) -> None:
-        if not self.enabled:
-            return
-        self.good = self.good + 1 if finite else 0
-        if not finite:
-            self.value /= 2
-        elif self.good == _GROWTH_INTERVAL:
-            self.value, self.good = self.value * 2, 0
-
-    def state(self) -> dict[str, Any]:
-        if not self.enabled:
-            return {}
-        factors = {"growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": _GROWTH_INTERVAL}
-        return {"scale": self.value, **factors, "_growth_tracker": self.good}
-
-    def load(self, state: dict[str, Any]) -> None:
-        if self.enabled and state:
-            self.value, self.good = float(state["scale"]), int(state["_growth_tracker"])
-
-
-_GROWTH_INTERVAL = 2000
-
-
 def _movable(state: Mapping[str, Any], flat: torch.Tensor) -> bool:
     """Whether a flat group's state is a number an element: 8-bit states are blocks, which cross parameters."""
     tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
     return len(tensors) == len(state) and all(
         not value.ndim or (value.shape == flat.shape and value.is_floating_point()) for value in tensors
     )
-
-
-def _import_deepspeed(device: torch.device) -> Any:
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        import deepspeed
-    except ImportError:
-        raise UserError("engine deepspeed needs deepspeed", "engine", "pip install 'fastpref[deepspeed]'") from None
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the start, for two minutes
-    return deepspeed
-
-
-@contextmanager
-def _in_double() -> Iterator[None]:
-    """Inside, DeepSpeed keeps masters and sums gradients in float64, which it has no setting for."""
-    from deepspeed.runtime.base_optimizer import ZeROOptimizer
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
-    with ExitStack() as stack:
-        for owner, name, value in (
-            (ZeROOptimizer, "_configure_master_weights", lambda *_, **__: torch.float64),
-            (DeepSpeedEngine, "get_data_types", lambda _: (torch.float64, torch.float64)),
-            (DeepSpeedEngine, "communication_data_type", torch.float64),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, value))
-        yield

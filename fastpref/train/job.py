@@ -103,7 +103,7 @@ class TrainJob:
         config, trainer, began = self.config, self.trainer, time.perf_counter()
         log = MetricsLog(run_dir, config, start, writes=self.world.is_main)
         bar = progress_bar(self.console)
-        profiler = StepProfiler(config.profile, self.device, self.console)
+        profiler = StepProfiler(config.profile and self.world.is_main, self.device, self.console)
 
         def spent() -> float:
             return before + time.perf_counter() - began

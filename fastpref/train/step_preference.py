@@ -156,7 +156,7 @@ class PreferenceTrainer(Trainer):
             label = self._labels(plan, rows, batch).to(winner)
             weighted = weights[rows].to(winner) * preference_cross_entropy(winner, loser, label)
             with phase("backward"):
-                self.backward(weighted.sum())
+                self.engine.backward(weighted.sum())
             parts.append(torch.stack([winner, loser, label, weighted]).detach())
         results = self.engine.world.gather(torch.cat(parts, dim=1))
         loss = float(results[3].double().sum())

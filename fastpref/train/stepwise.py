@@ -153,9 +153,8 @@ class StepwiseTrainer(PolicyTrainer):
             value, ratios = self.objective.loss(part)
             scaled = value * (len(own) / len(rows))
             with phase("backward"):
-                complete = self.backward(scaled)
-            if complete:
-                self.policy.count_backward(self.objective.unet_rows(part))
+                self.engine.backward(scaled)
+            self.policy.count_backward(self.objective.unet_rows(part))
             loss += scaled.detach().double().cpu()
             parts.append(ratios[:, : len(own)])
         with phase("communication"):

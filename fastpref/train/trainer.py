@@ -29,7 +29,6 @@ class Trainer(ABC):
     config: Config
     engine: Engine
     skipped: int  # steps without an update, because loss or gradient was not finite
-    incomplete: bool = False  # a part of the step's gradient was left out
 
     def begin(self, run_dir: Path, watch: Watch) -> None:  # noqa: B027 - most trainers need neither
         """Called once, after a checkpoint was put back and before the first step."""
@@ -87,17 +86,6 @@ class Trainer(ABC):
             return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
         return [slice(s, min(s + size, share.stop)) for s in range(share.start, share.stop, size)]
 
-    def backward(self, objective: torch.Tensor) -> bool:
-        """Back-propagate; False where it was left out, being no finite number. The step is dropped then.
-
-        Several ranks go through it together all the same: the others cannot know.
-        """
-        if self.engine.world.size == 1 and not bool(torch.isfinite(objective)):
-            self.incomplete = True
-            return False
-        self.engine.backward(objective)
-        return True
-
     def update(self, step: int, loss: float) -> tuple[float | None, float]:
         """Apply the gradients; (their norm, learning rate). Without a finite loss and norm nothing changes: (None, …).
 
@@ -105,9 +93,8 @@ class Trainer(ABC):
             UserError: more than ``max_skipped_steps`` steps came to nothing.
         """
         rate = learning_rate_at(self.config, step)
-        complete, self.incomplete = math.isfinite(loss) and not self.incomplete, False
         with phase("optimizer"):
-            norm = self.engine.step(rate) if complete else None
+            norm = self.engine.step(rate) if math.isfinite(loss) else None
         if norm is None:
             self.engine.discard()
             self.count_skip(step, loss)

@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -52,6 +52,7 @@ class World:
     local_rank: int = 0
     timeout: float = 0.0
     control: Any = None
+    progress: list[int] = field(default_factory=lambda: [0, 0])  # step, meetings in it
 
     @property
     def is_main(self) -> bool:
@@ -68,6 +69,7 @@ class World:
         """``(F, n)`` of every process, joined along the second dimension in rank order; n may differ."""
         if self.size == 1:
             return values
+        self._meet()
         group = None if values.is_cuda else self.control
         plain = values.view(torch.uint8) if values.dtype == torch.bool else values
         own = torch.tensor([plain.shape[1]])
@@ -85,6 +87,7 @@ class World:
 
     def sum_(self, tensors: list[torch.Tensor], bucket: int = 1 << 25) -> None:
         """Replace tensors of one device by their sums over the processes, about ``bucket`` elements at a time."""
+        self._meet()
         waiting: list[torch.Tensor] = []
         for number, tensor in enumerate(tensors, 1):
             waiting.append(tensor)
@@ -101,6 +104,7 @@ class World:
         """The largest ``value`` of all processes."""
         if self.size == 1:
             return value
+        self._meet()
         found = torch.tensor(value)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.control)
         return int(found)
@@ -109,6 +113,7 @@ class World:
         """``value`` (numbers, strings, lists) of every process, in rank order."""
         if self.size == 1:
             return [value]
+        self._meet()
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self.control)
         return found
@@ -155,7 +160,18 @@ class World:
     def beat(self, step: int) -> None:
         """Say that this process has come to ``step``."""
         if self.size > 1:
-            _store().set(f"fastpref/{self.rank}", f"{step} {time.time()}")
+            self.progress[:] = [step, 0]
+            self._tell()
+
+    def _meet(self) -> None:
+        """Say that this process waits for the others, once more in this step."""
+        if self.size == 1:
+            return
+        self.progress[1] += 1
+        self._tell()
+
+    def _tell(self) -> None:
+        _store().set(f"fastpref/{self.rank}", json.dumps(self.progress))
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -168,32 +184,34 @@ class World:
             raise RankLost(self._diagnosis(str(error))) from error
 
     def _diagnosis(self, message: str) -> str:
-        steps, silent = self._heard()
-        if silent:
-            who = ", ".join(f"rank {rank}" for rank in silent) + " is gone"
-        elif steps and min(steps.values()) < max(steps.values()):
-            last = min(steps.values())
-            behind = [rank for rank, step in steps.items() if step == last]
-            who = f"{', '.join(f'rank {rank}' for rank in behind)} did not come past step {last}"
+        heard = self._heard()
+        first, last = max(heard.values(), default=(0, 0)), min(heard.values(), default=(0, 0))
+        behind = [f"rank {rank}" for rank, place in heard.items() if place == last != first]
+        if len(heard) < self.size:
+            who = ", ".join(f"rank {rank}" for rank in range(self.size) if rank not in heard) + " cannot be reached"
+        elif behind:
+            who = f"{', '.join(behind)} did not come through step {last[0] + 1}"
         else:
-            who = f"another rank stopped answering in step {max(steps.values(), default=0)}"
+            who = f"a rank stopped answering in step {first[0] + 1}"
         if "timed out" in message.lower() or "timeout" in message.lower():
             who += f" within {self.timeout:.0f} s (rank_timeout)"
         todo = "start all ranks again with resume=auto; the newest checkpoint is whole"
         return f"{who}, rank {self.rank} gives up: {todo}"
 
-    def _heard(self) -> tuple[dict[int, int], list[int]]:
-        """(step of each process, processes that cannot be asked)."""
-        steps = {}
+    def _heard(self) -> dict[int, tuple[int, int]]:
+        """What each process that can be asked has said last."""
+        found = {}
         try:
             store = _store()
             store.set_timeout(timedelta(seconds=5))
             for rank in range(self.size):
                 if store.check([f"fastpref/{rank}"]):
-                    steps[rank] = int(store.get(f"fastpref/{rank}").split()[0])
+                    step, meetings = json.loads(store.get(f"fastpref/{rank}"))
+                    found[rank] = (step, meetings)
         except (RuntimeError, dist.DistError):
-            return {}, [0]  # the store lives in rank 0 or its launcher
-        return steps, []
+            own = (self.progress[0], self.progress[1])
+            return dict.fromkeys(range(1, self.size), own)  # the store is where rank 0 was
+        return found
 
 
 def open_world(config: Config, device: torch.device) -> World:

@@ -94,10 +94,16 @@ def train(config: Config, source: Path | None = None, fault: str = "") -> None:
 
 def _nan(patch: pytest.MonkeyPatch) -> None:
     """In the third back-propagation."""
-    from fastpref.train.trainer import Trainer
+    from fastpref.train.deepspeed_engine import ShardedEngine
+    from fastpref.train.engine import LocalEngine
 
-    backward, count = Trainer.backward, iter(range(1000))
-    patch.setattr(Trainer, "backward", lambda self, x: backward(self, x * (float("nan") if next(count) == 2 else 1)))
+    count = iter(range(1000))
+    for engine in (LocalEngine, ShardedEngine):
+        backward = engine.backward
+        patch.setattr(engine, "backward", lambda self, x, go=backward: go(self, x * _SPOILT[next(count) == 2]))
+
+
+_SPOILT = (1.0, float("nan"))
 
 
 def _no_space(patch: pytest.MonkeyPatch) -> None:
@@ -118,14 +124,14 @@ def _stop(patch: pytest.MonkeyPatch) -> None:
     """Stand still in the fourth step."""
     from fastpref.train.offline import OfflineTrainer
 
-    step = OfflineTrainer.step
+    launch = OfflineTrainer.launch
 
     def stand_still(self: Any, number: int) -> Any:
         if number == 3:
             os.kill(os.getpid(), signal.SIGSTOP)
-        return step(self, number)
+        return launch(self, number)
 
-    patch.setattr(OfflineTrainer, "step", stand_still)
+    patch.setattr(OfflineTrainer, "launch", stand_still)
 
 
 FAULTS = {"nan": _nan, "no space": _no_space, "stop": _stop}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fastpref.config import Config, load_config
 from fastpref.errors import UserError
 from fastpref.train.deepspeed_config import derive, read_settings, zero_stage
-from fastpref.train.deepspeed_engine import LossScale
+from fastpref.train.deepspeed_runtime import LossScale
 from fastpref.train.job import _check_ranks
 from fastpref.train.trainer import PolicyTrainer
 from fastpref.train.world import World

@@ -42,7 +42,12 @@ def test_a_killed_rank_is_named_and_the_run_resumed_is_the_same_run(
     (code, said), (killed, _) = ranks.finish(processes, timeout=120)
     assert (code, killed) == (RANK_LOST, -signal.SIGKILL)
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert "rank 0 gives up" in line and "resume=auto" in line and "Traceback" not in said
+    assert (
+        "rank 1 did not come through step" in line
+        and "rank 0 gives up" in line
+        and "resume=auto" in line
+        and "Traceback" not in said
+    )
     whole = recipe("name=whole", "steps=16", "checkpoint_every=3")
     tasks = [Task(config), Task(whole)]
     results = ranks.finish(ranks.start([ranks.__file__, *ranks.recipe_files(tasks, tmp_path)]))
@@ -59,4 +64,4 @@ def test_a_rank_that_stands_still_is_named_after_rank_timeout(recipe: Callable[.
     processes[1].kill()
     processes[1].communicate()
     assert code
-    assert "rank 1 did not come past step 3 within 6 s (rank_timeout), rank 0 gives up" in " ".join(said.split())
+    assert "rank 1 did not come through step 4 within 6 s (rank_timeout), rank 0 gives up" in " ".join(said.split())

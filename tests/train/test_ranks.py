@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
+from ranks import Task
 from safetensors.torch import load_file
 
 from fastpref.config import Config, load_config
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import ranks
-from ranks import Task
 
 STEPS = 20
 SCORER = """
