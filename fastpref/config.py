@@ -164,6 +164,7 @@ class Config(BaseModel):
     # Checkpoints and logs
     checkpoint_every: int = Field(500, ge=1, description="optimizer steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
+    export_checkpoints: bool = Field(False, description="with each checkpoint its weights, as at the end, in exports/")
     profile: bool = Field(False, description="trace a few steps: profile/ in the run directory, and a table")
     log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
     tracker: Literal["tensorboard", "wandb", "none"] = Field(

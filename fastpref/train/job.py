@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from fastpref.atomic import make_directory
 from fastpref.config import Config
 from fastpref.config_rules import SCORER_METHODS, STEPWISE_METHODS
 from fastpref.errors import UserError
@@ -168,6 +169,17 @@ class TrainJob:
         values |= {"counts": list(astuple(self._work())), "seconds": seconds, "skipped": trainer.skipped}
         values |= {"seconds_total": self.seconds_total(), "layout": trainer.engine.layout}
         save_checkpoint(run_dir / "checkpoints", step, tensors, values, self.config.keep_checkpoints, world)
+        if self.config.export_checkpoints:
+            self._export(run_dir / "exports", step)
+
+    def _export(self, folder: Path, step: int) -> None:
+        """The weights of a checkpoint, as they are exported at the end."""
+        with self.trainer.engine.whole(), self.world.together():
+            if self.world.is_main:
+                make_directory(folder / f"step-{step:06d}")
+                self.trainer.export(folder / f"step-{step:06d}")
+                for old in sorted(folder.glob("step-*"))[: -self.config.keep_checkpoints]:
+                    shutil.rmtree(old, ignore_errors=True)
 
     def _work(self) -> Work:
         """Of all ranks."""
