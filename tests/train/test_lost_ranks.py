@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +25,14 @@ def recipe(sdxl_config: Callable[..., Config]) -> Callable[..., Config]:
     return lambda *more: sdxl_config(*BASE, *more)
 
 
-def wait_for(path: Path, lines: int) -> None:
-    until = time.monotonic() + 120
-    while not (path.exists() and len(path.read_text().splitlines()) >= lines):
-        assert time.monotonic() < until, f"no line {lines} in {path}"
+def wait_for(path: Path, lines: int, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 300
+    while time.monotonic() < until and process.poll() is None:
+        if path.exists() and len(path.read_text().splitlines()) >= lines:
+            return
         time.sleep(0.02)
+    ranks.finish([process], timeout=0)
+    raise AssertionError(f"no line {lines} in {path}")
 
 
 def test_a_killed_rank_is_named_and_the_run_resumed_is_the_same_run(
@@ -37,9 +41,9 @@ def test_a_killed_rank_is_named_and_the_run_resumed_is_the_same_run(
     config = recipe("name=killed", "steps=16", "checkpoint_every=3", "resume=auto")
     (file,) = ranks.recipe_files([Task(config)], tmp_path)
     processes = ranks.start(["-m", "fastpref.cli", "train", file])
-    wait_for(config.run_dir / "metrics.jsonl", 8)
+    wait_for(config.run_dir / "metrics.jsonl", 8, processes[0])
     processes[1].send_signal(signal.SIGKILL)
-    (code, said), (killed, _) = ranks.finish(processes, timeout=120)
+    (code, said), (killed, _) = ranks.finish(processes, timeout=300)
     assert (code, killed) == (RANK_LOST, -signal.SIGKILL)
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert (
@@ -60,7 +64,7 @@ def test_a_rank_that_stands_still_is_named_after_rank_timeout(recipe: Callable[.
     config = recipe("name=hangs", "steps=16", "rank_timeout=6")
     files = ranks.recipe_files([Task(config, fault="stop")], tmp_path)
     processes = ranks.start([ranks.__file__, *files])
-    ((code, said),) = ranks.finish(processes[:1], timeout=120)
+    ((code, said),) = ranks.finish(processes[:1], timeout=300)
     processes[1].kill()
     processes[1].communicate()
     assert code
