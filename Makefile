@@ -86,6 +86,8 @@ soak: $(VENV)/.dev
 gpu-acceptance: $(VENV)/.dev
 	@echo "== the kernels on a GPU against eager float64"
 	@KERNELS_ON=gpu $(BIN)/python -m pytest -q -rs --no-fold-skipped kernels/tests/gpu
+	@echo "== training on a GPU, with two of them NCCL and ZeRO 1-3 too"
+	@$(BIN)/python -m pytest -q -rs --no-fold-skipped tests/gpu
 	@echo "== timings, into benchmarks/results/kernels.csv"
 	@$(BIN)/python benchmarks/kernels.py gpu --plot --skip-without-gpu
 

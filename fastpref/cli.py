@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -272,7 +273,9 @@ def main() -> None:
 def _fail(line: str, debug: bool, quiet: bool = False) -> None:
     if debug:
         traceback.print_exc()
-    if not quiet:
+    if quiet:
+        time.sleep(1)  # the launcher stops the rank that says it as soon as another one ends
+    else:
         sys.stderr.write(f"error: {' '.join(line.split())}\n")
     sys.exit(2)
 
