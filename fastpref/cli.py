@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from pathlib import Path
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="recipe, e.g. configs/emoji_rpo.yaml")]
 Device = Literal["auto", "cpu", "cuda"]
 ImageFormat = Literal["png", "jpeg"]
@@ -213,6 +215,10 @@ def main() -> None:
         _fail(str(error), debug)
     except typer.Abort:
         _fail("interrupted", debug)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        _fail(f"cannot write ({error.filename or 'output'}): {error.strerror}; make room, then run it again", debug)
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's usage errors, whichever click typer carries
             raise

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastpref.atomic import write_tensors
+from fastpref.errors import UserError
 
 FORMAT = 1
 _FILES = ("state.safetensors", "state.json")
@@ -43,21 +44,30 @@ class DamagedCheckpoint(Exception):
 def save_checkpoint(
     folder: Path, step: int, tensors: dict[str, torch.Tensor], values: dict[str, Any], keep: int
 ) -> Path:
-    """Write ``folder/step-NNNNNN`` atomically and drop all but the ``keep`` newest."""
+    """Write ``folder/step-NNNNNN`` atomically and drop all but the ``keep`` newest.
+
+    Raises:
+        UserError: the disk is full or cannot be written; what was there before stays.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final, draft = folder / f"step-{step:06d}", folder / f".step-{step:06d}.tmp"
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    write_tensors(draft / "state.safetensors", tensors)
-    (draft / "state.json").write_text(json.dumps({"step": step, **values}))
-    hashes = {name: _sha256(draft / name) for name in _FILES}
-    (draft / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "sha256": hashes}))
-    for file in (*draft.iterdir(), draft):
-        _sync(file)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(draft, final)
-    _sync(folder)
+    try:
+        draft.mkdir()
+        write_tensors(draft / "state.safetensors", tensors)
+        (draft / "state.json").write_text(json.dumps({"step": step, **values}))
+        hashes = {name: _sha256(draft / name) for name in _FILES}
+        (draft / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "sha256": hashes}))
+        for file in (*draft.iterdir(), draft):
+            _sync(file)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(draft, final)
+        _sync(folder)
+    except (OSError, UserError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        todo = f"{error}; the checkpoint before it is intact: make room, then go on with resume=auto"
+        raise UserError("cannot write the checkpoint", str(final), todo) from error
     for old in checkpoint_folders(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
