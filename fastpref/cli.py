@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-import os
-=======
 import errno
->>>>>>> 65c1d900c5f3fe069c1a52636f83c4a2948e1afa
+import os
 import sys
 import time
 import traceback

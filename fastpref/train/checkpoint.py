@@ -25,11 +25,8 @@ from safetensors import SafetensorError, safe_open
 
 from fastpref.atomic import write_tensors
 from fastpref.errors import UserError
-<<<<<<< HEAD
 from fastpref.train.engine import Piece, State
 from fastpref.train.world import World
-=======
->>>>>>> 65c1d900c5f3fe069c1a52636f83c4a2948e1afa
 
 FORMAT = 1
 _VALUES = "state.json"
@@ -54,7 +51,6 @@ class DamagedCheckpoint(Exception):
 def save_checkpoint(
     folder: Path, step: int, tensors: State, values: dict[str, Any], keep: int, world: World | None = None
 ) -> Path:
-<<<<<<< HEAD
     """Write ``folder/step-NNNNNN`` atomically and drop all but the ``keep`` newest. Every rank has to come here.
 
     Args:
@@ -112,35 +108,6 @@ def _commit(draft: Path, final: Path, hashes: dict[str, str], values: dict[str, 
         shutil.rmtree(final)
     os.replace(draft, final)
     _sync(final.parent)
-=======
-    """Write ``folder/step-NNNNNN`` atomically and drop all but the ``keep`` newest.
-
-    Raises:
-        UserError: the disk is full or cannot be written; what was there before stays.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    final, draft = folder / f"step-{step:06d}", folder / f".step-{step:06d}.tmp"
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        draft.mkdir()
-        write_tensors(draft / "state.safetensors", tensors)
-        (draft / "state.json").write_text(json.dumps({"step": step, **values}))
-        hashes = {name: _sha256(draft / name) for name in _FILES}
-        (draft / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "sha256": hashes}))
-        for file in (*draft.iterdir(), draft):
-            _sync(file)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(draft, final)
-        _sync(folder)
-    except (OSError, UserError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        todo = f"{error}; the checkpoint before it is intact: make room, then go on with resume=auto"
-        raise UserError("cannot write the checkpoint", str(final), todo) from error
-    for old in checkpoint_folders(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
->>>>>>> 65c1d900c5f3fe069c1a52636f83c4a2948e1afa
 
 
 def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
