@@ -47,5 +47,6 @@ def make_large_store(small: Path, folder: Path, records: int) -> Path:
     entries |= {name: StoredFile(**entry) for name, entry in written.items()}
     counts = {"pairs": records, "images": 2 * records, "captions": records, "source_records": records}
     result = manifest.model_copy(update={**counts, "files": entries})
+    result = result.model_copy(update={"sha256": result.digest()})
     write_json(folder / files.MANIFEST, result.model_dump(mode="json"))
     return folder

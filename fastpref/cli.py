@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="recipe, e.g. configs/emoji_rpo.yaml")]
 RANK_LOST = 3  # exit code
 Device = Literal["auto", "cpu", "cuda"]
@@ -263,6 +265,10 @@ def main() -> None:
         _fail(str(error), debug, quiet=_said_elsewhere(error))
     except typer.Abort:
         _fail("interrupted", debug)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        _fail(f"cannot write ({error.filename or 'output'}): {error.strerror}; make room, then run it again", debug)
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's usage errors, whichever click typer carries
             raise

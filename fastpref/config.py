@@ -7,6 +7,7 @@ these keys, and ``key=value`` on the command line overrides it.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from fastpref.errors import UserError
 
 Method = Literal["sft", "dpo", "rpo", "spm", "lrm", "spo", "lpo"]
 MAX_DEFAULT_GROUP = 64
+_SHORT = reprlib.Repr()  # a few aliases in YAML can stand for more text than fits in memory
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
 
 class Config(BaseModel):
@@ -267,7 +270,7 @@ def parse_config(settings: dict[str, Any], where: str = "config") -> Config:
             near = difflib.get_close_matches(str(key), Config.model_fields, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else "see 'fastpref train --keys' for the known ones"
             raise UserError(f"unknown key '{key}'", where, hint)
-    method, preset = str(settings.get("method")), str(settings.get("preset"))
+    method, preset = (value if isinstance(value := settings.get(key), str) else "" for key in ("method", "preset"))
     settings = {**METHOD_DEFAULTS.get(method, {}), **PRESETS.get((method, preset), {}), **settings}
     try:
         return Config.model_validate({k: _number(k, v) for k, v in settings.items()})
@@ -278,7 +281,8 @@ def parse_config(settings: dict[str, Any], where: str = "config") -> Config:
         if not key:
             raise UserError(message, where) from None
         field = Config.model_fields[str(first["loc"][0])]
-        raise UserError(f"{key} is {first['input']!r}: {message}", where, f"{key}: {field.description}") from None
+        shown = _SHORT.repr(first["input"])
+        raise UserError(f"{key} is {shown}: {message}", where, f"{key}: {field.description}") from None
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -63,8 +63,12 @@ class Shapes:
         return torch.empty(rows, *self.latent, dtype=dtype), timesteps, Conditioning(prompt, pooled, time_ids)
 
 
-def count_step(config: Config, shapes: Shapes, pairs: int) -> StepCount:
-    """Count a micro-batch of ``pairs`` pairs; of transitions for spo and lpo."""
+def count_step(config: Config, shapes: Shapes, pairs: int, *, several: bool = False) -> StepCount:
+    """Count a micro-batch of ``pairs`` pairs (transitions for spo and lpo).
+
+    Args:
+        several: it is one of several in a step, so that gradients wait beside its activations.
+    """
     stepwise = config.method in STEPWISE_METHODS
     objective = None if stepwise else build_objective(config)
     made = _meta_policy(config, shapes.unet, needs_reference=objective is None or objective.uses_reference)
@@ -72,18 +76,19 @@ def count_step(config: Config, shapes: Shapes, pairs: int) -> StepCount:
         policy = _with_fake_weights(made)
         known = [*_tensors(policy.unet), *(_tensors(policy.reference_unet) if policy.reference_unet else [])]
         memory, flops, rolled = PeakMemory(known), flop_counter(), flop_counter()
-        rounds = 1 if config.step_in_backward else 2  # from the second on, gradients wait beside the activations
         with memory, _gradient_hooks(config, policy, memory):
             if objective is None:
                 with rolled:
                     _roll_out(config, policy, shapes)
+            for parameter in policy.trainable.values() if several else ():
+                parameter.grad = torch.empty_like(parameter)
+                memory.set_aside(parameter.grad)
             with flops:
-                for _ in range(rounds):
-                    if objective is None:
-                        _transitions(config, policy, shapes, pairs)
-                    else:
-                        rows = pairs * (2 if objective.uses_losers else 1)
-                        _offline(policy, shapes, rows, with_reference=objective.uses_reference)
+                if objective is None:
+                    _transitions(config, policy, shapes, pairs)
+                else:
+                    rows = pairs * (2 if objective.uses_losers else 1)
+                    _offline(policy, shapes, rows, with_reference=objective.uses_reference)
     parameters = list(policy.trainable.values())
     trained = sum(p.nbytes for p in parameters)
     return StepCount(
@@ -94,7 +99,7 @@ def count_step(config: Config, shapes: Shapes, pairs: int) -> StepCount:
         gradients=trained,
         activations=memory.rest_peak,
         peak=memory.peak,
-        flops=flops.get_total_flops() // rounds,
+        flops=flops.get_total_flops(),
         rollout_flops=rolled.get_total_flops(),
     )
 

@@ -74,7 +74,9 @@ def make_plan(config: Config, gpus: int, device: str, family: str | None = None)
 
 def _plan(config: Config, gpus: int, device: str, shapes: Shapes, nearest: str) -> Plan:
     batch = Batch.of(config, gpus)
-    count = _counted(config.model_dump_json(), json.dumps(shapes.unet), shapes.latent, shapes.tokens, batch.micro)
+    seen = config if config.step_in_backward else config.model_copy(update={"optimizer": "adamw"})  # counts it not
+    sizes = (json.dumps(shapes.unet), shapes.latent, shapes.tokens, batch.micro)
+    count = _counted(seen.model_dump_json(), *sizes, batch.rounds > 1)
     resident = resident_bytes() if device == "cpu" else 0
     resident += _beside(config)
     stages = (0,) if gpus == 1 else (1, 2, 3)
@@ -86,8 +88,9 @@ def _plan(config: Config, gpus: int, device: str, shapes: Shapes, nearest: str) 
 
 
 @cache
-def _counted(config: str, unet: str, latent: tuple[int, int, int], tokens: int, pairs: int) -> StepCount:
-    return count_step(Config.model_validate_json(config), Shapes(json.loads(unet), latent, tokens), pairs)
+def _counted(config: str, unet: str, latent: tuple[int, int, int], tokens: int, pairs: int, several: bool) -> StepCount:
+    shapes = Shapes(json.loads(unet), latent, tokens)
+    return count_step(Config.model_validate_json(config), shapes, pairs, several=several)
 
 
 def _nearby(plan: Plan, shapes: Shapes) -> Iterator[tuple[str, Plan]]:

@@ -56,7 +56,7 @@ class BackwardEngine(LocalEngine):
     def launch(self, learning_rate: float, loss: torch.Tensor) -> torch.Tensor:
         if self.ema:
             self._update_ema(torch.ones((), dtype=torch.bool, device=self.ema[0].device))
-        return torch.tensor(math.sqrt(self._squares) if self._whole else math.nan)
+        return torch.tensor(math.sqrt(self._squares) if self._whole else math.nan, dtype=torch.float64)
 
     def state(self) -> tuple[State, dict[str, Any]]:
         tensors, values = super().state()

@@ -104,7 +104,7 @@ class ShardedEngine:
     def launch(self, learning_rate: float, loss: torch.Tensor) -> torch.Tensor:
         norm = self.step(learning_rate) if bool(torch.isfinite(loss)) else None
         self.discard()
-        return torch.tensor(math.nan if norm is None else norm, device=loss.device)
+        return torch.tensor(math.nan if norm is None else norm, dtype=torch.float64, device=loss.device)
 
     def discard(self) -> None:
         if not self.pending:

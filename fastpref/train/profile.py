@@ -65,10 +65,12 @@ class StepProfiler:
             torch.cuda.synchronize()
         profiler.stop()
         make_directory(run_dir / FOLDER)
-        trace = run_dir / FOLDER / TRACE
-        profiler.export_chrome_trace(str(trace))
-        with gzip.open(trace) as stream:
-            rows = step_table(json.load(stream)["traceEvents"])
+        plain = run_dir / FOLDER / "trace.json.tmp"
+        profiler.export_chrome_trace(str(plain))
+        trace = plain.read_bytes()
+        write_bytes(run_dir / FOLDER / TRACE, gzip.compress(trace, compresslevel=3))
+        plain.unlink()
+        rows = step_table(json.loads(trace)["traceEvents"])
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -13,7 +13,7 @@ import torch
 
 from fastpref.config import Config, load_config, save_config
 from fastpref.errors import UserError
-from fastpref.plan import public
+from fastpref.plan import public, report
 from fastpref.plan.cost import Batch, traffic_bytes
 from fastpref.plan.count import Shapes, StepCount, count_step
 from fastpref.plan.memory import memory_of, optimizer_bytes
@@ -49,10 +49,8 @@ def test_the_public_unets_have_their_published_size(family: str) -> None:
 
 
 def counted(config: Config, pairs: int) -> StepCount:
-    plan = make_plan(config, 1, "cpu")
     unet = json.loads((Path(config.model) / "unet" / "config.json").read_text())
-    side = config.resolution // 2
-    return count_step(config, Shapes(unet, (4, side, side), 77), pairs) if pairs else plan.count
+    return count_step(config, Shapes(unet, (4, 16, 16), 77), pairs)
 
 
 def test_weights_and_trained_values_are_those_of_the_loaded_policy(sdxl_config: MakeConfig) -> None:
@@ -97,10 +95,26 @@ def test_zero_divides_what_it_says() -> None:
     assert sent == [6000, 6000, 3 * 3000 + 3000, 3 * (3000 + 3 * 6000)]
 
 
-def test_what_does_not_fit_gets_the_nearest_that_does() -> None:
-    config = load_config("configs/sdxl_dpo.yaml", ["train=full", "optimizer=adamw", "batch_size=64"])
-    plan = make_plan(config, 1, "rtx4090", "sdxl")
-    assert plan.nearest.endswith("GPUs") and "optimizer=adamw8bit" in plan.nearest
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.3])
+def test_what_does_not_fit_gets_the_nearest_that_does(
+    sdxl_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """The suggestion, taken, fits; and the device is one that the recipe does not fit on."""
+    recipe = ["method=dpo", "train=full", "batch_size=32"]
+    need = make_plan(sdxl_config(*recipe), 1, "h100").best.total
+    monkeypatch.setattr(report, "device_bytes", lambda _: int(share * need / 0.9))
+    plan = make_plan(sdxl_config(*recipe), 1, "h100")
+    changes, _, gpus = plan.nearest.partition("on ")
+    assert "gradient_checkpointing=true" in changes
+    assert make_plan(sdxl_config(*recipe, *changes.split()), int(gpus.split()[0]), "h100").nearest == ""
+
+
+def test_gradients_wait_beside_the_activations_of_later_micro_batches(sdxl_config: MakeConfig) -> None:
+    config = sdxl_config("method=dpo", "train=full")
+    unet = json.loads((Path(config.model) / "unet" / "config.json").read_text())
+    one, many = (count_step(config, Shapes(unet, (4, 16, 16), 77), 2, several=several) for several in (False, True))
+    assert many.activations == one.activations and many.flops == one.flops
+    assert many.peak == many.activations + many.gradients > one.peak
 
 
 @pytest.mark.parametrize(
