@@ -43,7 +43,8 @@ def traffic_bytes(config: Config, count: StepCount, batch: Batch, stage: int, gp
         return round(gradients + trained)
     if stage == 2:
         return round(batch.rounds * gradients + trained)
-    passes = 3 if config.method != "sft" else 2  # reference, policy forward, backward
+    with_reference = config.method != "sft" and config.reference != "ledger"
+    passes = 2 + with_reference  # forward, backward, the reference's forward
     passes += config.method == "rpo" and batch.rounds > 1  # rewards come first
     return round(batch.rounds * (gradients + passes * (count.frozen + count.trained) * part))
 

@@ -71,7 +71,8 @@ def count_step(config: Config, shapes: Shapes, pairs: int, *, several: bool = Fa
     """
     stepwise = config.method in STEPWISE_METHODS
     objective = None if stepwise else build_objective(config)
-    made = _meta_policy(config, shapes.unet, needs_reference=objective is None or objective.uses_reference)
+    needs_reference = objective is None or (objective.uses_reference and config.reference != "ledger")
+    made = _meta_policy(config, shapes.unet, needs_reference=needs_reference)
     with FakeTensorMode():
         policy = _with_fake_weights(made)
         known = [*_tensors(policy.unet), *(_tensors(policy.reference_unet) if policy.reference_unet else [])]
@@ -88,7 +89,7 @@ def count_step(config: Config, shapes: Shapes, pairs: int, *, several: bool = Fa
                     _transitions(config, policy, shapes, pairs)
                 else:
                     rows = pairs * (2 if objective.uses_losers else 1)
-                    _offline(policy, shapes, rows, with_reference=objective.uses_reference)
+                    _offline(policy, shapes, rows, with_reference=needs_reference)
     parameters = list(policy.trainable.values())
     trained = sum(p.nbytes for p in parameters)
     return StepCount(

@@ -74,7 +74,8 @@ def make_plan(config: Config, gpus: int, device: str, family: str | None = None)
 
 def _plan(config: Config, gpus: int, device: str, shapes: Shapes, nearest: str) -> Plan:
     batch = Batch.of(config, gpus)
-    seen = config if config.step_in_backward else config.model_copy(update={"optimizer": "adamw"})  # counts it not
+    unseen = {"compile": False} if config.step_in_backward else {"compile": False, "optimizer": "adamw"}
+    seen = config.model_copy(update=unseen)  # what the count does not depend on, or counts as eager
     sizes = (json.dumps(shapes.unet), shapes.latent, shapes.tokens, batch.micro)
     count = _counted(seen.model_dump_json(), *sizes, batch.rounds > 1)
     resident = resident_bytes() if device == "cpu" else 0
@@ -129,7 +130,7 @@ def _named(changes: dict[str, object], gpus: int) -> str:
 
 
 def _shapes(config: Config, family: str | None) -> Shapes:
-    if family is not None and config.model != "emoji" and not Path(config.model).exists():
+    if family is not None and not _here(config):
         side, unet = config.resolution // 8, dict(PUBLIC[family])
         return Shapes(unet, (4, side, side), 77)
     folder = resolve_model_dir(config.model)
@@ -139,12 +140,16 @@ def _shapes(config: Config, family: str | None) -> Shapes:
     return Shapes(unet, (int(unet.get("in_channels", 4)), side, side), int(tokens))
 
 
+def _here(config: Config) -> bool:
+    return config.model == "emoji" or Path(config.model).exists()
+
+
 def _beside(config: Config) -> int:
     """Bytes of the models that a rollout keeps beside the UNet; an offline run needs none."""
-    if config.method not in STEPWISE_METHODS or not Path(config.model).is_dir():
+    if config.method not in STEPWISE_METHODS or not _here(config):
         return 0
     wide = 4 if config.precision in ("fp32", "fp64") else 2
-    folders = [Path(config.model) / name for name in ("text_encoder", "text_encoder_2", "vae")]
+    folders = [resolve_model_dir(config.model) / name for name in ("text_encoder", "text_encoder_2", "vae")]
     folders += [Path(found) for found in (config.scorer, config.clip) if found is not None]
     return wide * sum(_stored_values(folder) for folder in folders)
 
@@ -178,6 +183,8 @@ def render(plan: Plan) -> Group:
         f"work: {plan.flops / 1e12:.2f} TFLOP a step" + _rollout(plan),
         f"store: {plan.store}",
     ]
+    if config.method in STEPWISE_METHODS and not _here(config):
+        lines.append("not counted, the model not being here: text encoders and VAE")
     verdict = "fits" if not plan.nearest else f"does not fit; nearest that does: {plan.nearest}"
     return Group(table, *lines, verdict)
 
