@@ -76,13 +76,16 @@ def summary(config: Config) -> dict[str, Any]:
     return json.loads((config.run_dir / "summary.json").read_text())
 
 
-def difference(a: Config, b: Config) -> float:
+SIGNS = ("accuracy",)  # of margins, which in fp32 may be as small as rounding
+
+
+def difference(a: Config, b: Config, leave_out: tuple[str, ...] = ()) -> float:
     """The largest of all figures of all steps and of all weights."""
     left, right = weights(a), weights(b)
     assert left.keys() == right.keys()
     found = [float((left[name] - right[name]).abs().max()) for name in left]
     for mine, other in zip(lines(a), lines(b), strict=True):
-        for name in FIGURES:
+        for name in set(FIGURES) - set(leave_out):
             assert (mine.get(name) is None) == (other.get(name) is None), name
             if mine.get(name) is not None:
                 found.append(abs(mine[name] - other[name]) / max(1.0, abs(mine[name])))
@@ -199,7 +202,7 @@ def test_resuming_is_exact_on_the_same_layout_and_close_on_another(
 ) -> None:
     _, to, exact = RESUMED[name]
     whole = runs[f"whole-{to}"]
-    off = difference(resumed[name], whole)
+    off = difference(resumed[name], whole, leave_out=() if exact else SIGNS)
     assert (off == 0 and same(resumed[name], whole)) if exact else 0 < off < 2e-3
     assert summary(resumed[name])["unet_forwards"] == summary(whole)["unet_forwards"]
 
@@ -214,7 +217,7 @@ def test_two_ranks_go_on_as_one(
 ) -> None:
     config = recipe(f"{layout}-to-one", *METHODS["rpo"], "resume=auto")
     ranks.train(config, runs[f"cut-{layout}"].run_dir)
-    assert 0 < difference(config, alone["fp32"]) < 2e-3
+    assert 0 < difference(config, alone["fp32"], leave_out=SIGNS) < 2e-3
     assert "going on as 1 rank: equal to rounding" in " ".join(capfd.readouterr().err.split())
 
 
