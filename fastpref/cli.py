@@ -37,12 +37,24 @@ def prepare(
     config: ConfigFile,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="validate and count only, with GB and hours")] = False,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="instead: the reference ledger, for a prepared store")
+    ] = False,
 ) -> None:
-    """Encode preference records once: latents, text and CLIP embeddings into a store."""
+    """Encode preference records once: latents, text and CLIP embeddings into a store.
+
+    With --reference: the frozen reference's errors of every draw that the recipe trains on, beside the store; training
+    with reference=ledger then neither loads nor runs a reference.
+    """
     from fastpref.config import load_config
     from fastpref.data.prepare import prepare as run_prepare
 
     settings = load_config(config, overrides)
+    if reference:
+        from fastpref.train.reference import prepare_reference
+
+        typer.echo(f"{prepare_reference(settings, dry_run=dry_run)}")
+        return
     summary = run_prepare(settings, dry_run=dry_run, overwrite=settings.overwrite)
     typer.echo(str(summary))
 
@@ -203,6 +215,16 @@ def export(
     from fastpref.models.export import run_export
 
     typer.echo(f"{run_export(run, out, layout=layout, overwrite=overwrite)}")
+
+
+@app.command()
+def doctor() -> None:
+    """List what this machine offers: torch, GPUs, optional packages, disk and memory, and why what is missing is."""
+    from rich.console import Console
+
+    from fastpref.doctor import findings, table
+
+    Console().print(table(findings()))
 
 
 def main() -> None:

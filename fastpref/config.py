@@ -58,6 +58,11 @@ class Config(BaseModel):
         "fp32", description="frozen weights and autocast; trained weights are fp32 (fp64 is for exactness tests)"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward")
+    attention: Literal["auto", "sdpa", "xformers", "flash", "sliced"] = Field(
+        "auto", description="auto: sdpa, sliced if a CPU is short of memory; xformers and flash need their packages"
+    )
+    fused_ops: bool = Field(False, description="the kernels' GroupNorm+SiLU, GEGLU and LoRA in the UNet")
+    compile: bool = Field(False, description="torch.compile the UNet block by block: slower to start, then faster")
     accumulation: Literal["rewards_first", "keep_graphs"] = Field(
         "rewards_first", description="RPO over several micro-batches: one more forward, or all graphs in memory"
     )
@@ -89,8 +94,12 @@ class Config(BaseModel):
     ratio_clip: float | None = Field(
         0.1, gt=0, description="spo, lpo: bound of the likelihood ratios around 1; beyond it no gradient; null: off"
     )
-    reference: Literal["auto", "adapter", "copy"] = Field(
-        "auto", description="reference model: the adapter switched off (LoRA) or a frozen copy (full)"
+    reference: Literal["auto", "adapter", "copy", "ledger"] = Field(
+        "auto",
+        description="the adapter switched off (LoRA), a frozen copy (full), or what prepare --reference wrote",
+    )
+    draws: int | None = Field(
+        None, ge=1, description="different draws of noise, timestep and order; then they repeat; default: never"
     )
 
     # Step-wise preference optimization
@@ -128,7 +137,13 @@ class Config(BaseModel):
     lora_targets: list[str] = Field(
         ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="module names that get a LoRA"
     )
-    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = Field("adamw", description="optimizer")
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor"] = Field(
+        "adamw", description="optimizer; the 8-bit ones need bitsandbytes, paged is plain 8-bit on a CPU"
+    )
+    step_in_backward: bool = Field(
+        False, description="full, one process: update each tensor in the backward, clipped on its own; saves gradients"
+    )
+    pure_bf16: bool = Field(False, description="step_in_backward: weights in bf16 alone, rounded stochastically")
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up, in optimizer steps")
@@ -143,6 +158,7 @@ class Config(BaseModel):
     # Checkpoints and logs
     checkpoint_every: int = Field(500, ge=1, description="optimizer steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
+    profile: bool = Field(False, description="trace a few steps: profile/ in the run directory, and a table")
     log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
     tracker: Literal["tensorboard", "wandb", "none"] = Field(
         "tensorboard", description="live curves beside metrics.jsonl"
@@ -162,7 +178,7 @@ class Config(BaseModel):
     clip: str | None = Field(None, description="CLIP folder for RPO's embeddings, spm and spo; 'emoji' is bundled")
     max_reject_share: float = Field(0.05, ge=0, le=1, description="prepare fails above this share of bad records")
     shard_size: int = Field(1024, ge=1, description="rows in a shard of the store")
-    prepare_batch_size: int = Field(16, ge=1, description="images or captions per encoder call")
+    prepare_batch_size: int = Field(16, ge=1, description="images, captions or (ledger) pairs a call")
     max_image_pixels: int = Field(64_000_000, ge=1024, description="larger images are rejected as decompression bombs")
 
     # Sampling and evaluation

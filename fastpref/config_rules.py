@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 POLICY_METHODS = ("sft", "dpo", "rpo", "spo", "lpo")
 STEPWISE_METHODS = ("spo", "lpo")
 SCORER_METHODS = ("spm", "lrm")
+LEDGER_METHODS = ("dpo", "rpo")
 
 # What a recipe that leaves it open gets with its method.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -51,6 +52,14 @@ def check_config(config: Config) -> None:
         raise ValueError("init_lora is set with train full, which trains no LoRA: export it merged and set unet")
     if config.reference == "adapter" and config.train == "full":
         raise ValueError("reference is adapter with train full, which has no adapter: use copy")
+    if config.step_in_backward:
+        _check_step_in_backward(config)
+    if config.pure_bf16 and not (config.step_in_backward and config.precision == "bf16"):
+        raise ValueError("pure_bf16 is set without precision bf16 or without step_in_backward: set both")
+    if config.pure_bf16 and config.ema_decay is not None:
+        raise ValueError("ema_decay is set with pure_bf16, where an average would be rounded away: remove one")
+    if config.reference == "ledger" and config.method not in LEDGER_METHODS:
+        raise ValueError(f"reference is ledger with method {config.method}: dpo and rpo have one")
     if config.preset == "reference" and config.method != "spo":
         raise ValueError(f"preset is reference with method {config.method}: there is one for spo only")
     if config.method in SCORER_METHODS:
@@ -74,6 +83,22 @@ def _is_path(value: str) -> bool:
     return b"\0" not in value.encode() and max(map(len, names)) <= 255 and len(value) <= 4000
 
 
+def _check_step_in_backward(config: Config) -> None:
+    unfit = {
+        f"method {config.method}": config.method not in ("sft", "dpo", "rpo"),
+        "train lora": config.train == "lora",
+        "engine deepspeed": config.engine == "deepspeed",
+        "precision fp16": config.precision == "fp16",
+        f"micro_batch_size {config.micro_batch}": config.micro_batch != config.batch_size,
+    }
+    for setting, present in unfit.items():
+        if present:
+            raise ValueError(
+                f"step_in_backward is set with {setting}: it is for sft, dpo and rpo, train full, on the local engine, "
+                "the batch in one forward, not in fp16"
+            )
+
+
 def _refuse(config: Config, keys: tuple[str, ...]) -> None:
     for key in keys:
         if getattr(config, key):
@@ -91,7 +116,7 @@ def _check_scorer_method(config: Config) -> None:
 
 
 def _check_stepwise(config: Config) -> None:
-    unused = ("safeguard", "sft_weight", "caption_dropout", "label_noise", "label_smoothing", "relabel")
+    unused = ("safeguard", "sft_weight", "caption_dropout", "label_noise", "label_smoothing", "relabel", "draws")
     _refuse(config, unused)
     branched = config.sample_steps - config.plain_steps
     if branched < 1:

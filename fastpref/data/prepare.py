@@ -68,12 +68,12 @@ def prepare(
         if dry_run:
             from fastpref.data.estimate import dry_run_summary
 
-            return dry_run_summary(job, source, _device(config, ranks), Path(config.store), bars)
+            return dry_run_summary(job, source, rank_device(config, ranks), Path(config.store), bars)
         workspace = Workspace(Path(config.store), job.fingerprint, ranks)
         if not workspace.claim(overwrite):
             return _up_to_date(workspace.path, started)
         try:
-            return _run(job, source, workspace, _device(config, ranks), bars, started)
+            return _run(job, source, workspace, rank_device(config, ranks), bars, started)
         except FileNotFoundError:
             # A process with nothing left to do may still be reading work/ when another finishes and removes it.
             if workspace.finished_as() == job.fingerprint:
@@ -155,7 +155,8 @@ def _up_to_date(path: Path, started: float) -> PrepareSummary:
     return PrepareSummary.of_manifest(found, path, time.perf_counter() - started, up_to_date=True)
 
 
-def _device(config: Config, ranks: Ranks) -> torch.device:
+def rank_device(config: Config, ranks: Ranks) -> torch.device:
+    """The device of this process."""
     import torch
 
     from fastpref.models.loading import resolve_device

@@ -35,11 +35,13 @@ class Embeddings(Protocol):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """A global batch. ``groups[i]`` is the contrast group, numbered within the epoch, of the pair ``indices[i]``."""
+    """A global batch, the ``slot``-th of its epoch. ``groups[i]`` is the contrast group, numbered within the epoch, of
+    the pair ``indices[i]``."""
 
     epoch: int
     indices: np.ndarray  # (B,) int64 into the store
     groups: np.ndarray  # (B,) int64
+    slot: int = 0
 
 
 def permute(positions: np.ndarray, size: int, *, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
@@ -83,6 +85,7 @@ class Sampler:
         seed: key of the order.
         sampling: 'random', or 'related': groups of pairs with near embeddings.
         embeddings: (N, E) rows, for 'related'.
+        draws: epochs that differ; later ones repeat them in turn. None: all differ.
 
     Raises:
         UserError: no bucket has a whole batch, or 'related' without embeddings.
@@ -97,12 +100,14 @@ class Sampler:
         seed: int,
         sampling: Literal["random", "related"] = "random",
         embeddings: Embeddings | None = None,
+        draws: int | None = None,
     ) -> None:
         if batch_size % group_size:
             raise UserError(f"group_size is {group_size}, must divide batch_size {batch_size}", "group_size")
         if sampling == "related" and embeddings is None:
             raise UserError("sampling is related but the store has no CLIP embeddings", "sampling", "prepare with clip")
         self._batch_size, self._group_size, self._seed = batch_size, group_size, seed
+        self._draws = draws
         self._embeddings = embeddings if sampling == "related" else None
         self._members = _members(np.asarray(bucket_ids))
         batches = np.asarray([len(pairs) // batch_size for pairs in self._members])
@@ -118,6 +123,7 @@ class Sampler:
     def batch(self, step: int) -> BatchPlan:
         """The batch of a step, counted from 0 over all epochs."""
         epoch, slot = divmod(step, self.batches_per_epoch)
+        epoch = epoch if self._draws is None else epoch % self._draws
         drawn = slot
         if len(self._members) > 1:
             order = np.asarray([slot], dtype=np.int64)
@@ -126,7 +132,7 @@ class Sampler:
         number = drawn - (int(self._ends[bucket - 1]) if bucket else 0)
         pairs = self._batch_of(epoch, bucket, number)
         groups = slot * self._batch_size + np.arange(self._batch_size, dtype=np.int64)
-        return BatchPlan(epoch, pairs, groups // self._group_size)
+        return BatchPlan(epoch, pairs, groups // self._group_size, slot)
 
     def _batch_of(self, epoch: int, bucket: int, number: int) -> np.ndarray:
         size = self._batch_size

@@ -94,6 +94,17 @@ def folder_fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
+def unet_fingerprint(path: Path, unet: str | None, lora: str | None) -> str:
+    """sha256 over the files of the UNet that :func:`load_unet` opens, and of a LoRA beside it."""
+    source = path / "unet" if unet is None else Path(unet)
+    if (source / "unet" / "config.json").is_file():
+        source = source / "unet"
+    parts = [source] if source.is_dir() else [source, path / "unet" / "config.json"]
+    if lora is not None:
+        parts.append(Path(lora))
+    return hashlib.sha256("".join(folder_fingerprint(part) for part in parts).encode()).hexdigest()
+
+
 def resolve_device(device: str) -> torch.device:
     """'auto' is cuda where there is one."""
     if device == "cuda" and not torch.cuda.is_available():

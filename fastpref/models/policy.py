@@ -13,7 +13,10 @@ import torch
 
 from fastpref.config import Config
 from fastpref.errors import UserError
+from fastpref.models.attention import set_attention
+from fastpref.models.compiled import compile_blocks
 from fastpref.models.loading import DTYPES, load_unet
+from fastpref_kernels import patch_unet
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -146,12 +149,14 @@ class _Merged:
 def load_policy(config: Config, model_dir: Path, device: torch.device, *, needs_reference: bool) -> Policy:
     """The UNet of ``model_dir`` (or ``config.unet``) made ready for training.
 
-    Frozen weights are in ``config.precision``; trained ones in fp32 (fp64 for fp64).
+    Frozen weights are in ``config.precision``; trained ones in fp32 (fp64 for fp64, bf16 for ``pure_bf16``).
     """
     master = torch.float64 if config.precision == "fp64" else torch.float32
+    master = torch.bfloat16 if config.pure_bf16 else master
     frozen = DTYPES[config.precision] if config.train == "lora" else master
     unet = load_unet(model_dir, frozen, config.unet)
     unet.requires_grad_(False)
+    set_attention(unet, config.attention, device, DTYPES[config.precision])
     reference = None
     if config.train == "lora":
         _add_lora(unet, config, master)
@@ -162,8 +167,26 @@ def load_policy(config: Config, model_dir: Path, device: torch.device, *, needs_
     unet.to(device)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if config.fused_ops:
+        patch_unet(unet)
+        if reference is not None:
+            patch_unet(reference)
+    if config.compile:
+        for model in (unet, reference):
+            if model is not None:
+                compile_blocks(model)
     unet.eval()  # a dropout mask would make the rewards of the first pass other than those of the second
     return Policy(unet, config, device, reference)
+
+
+def load_reference(config: Config, model_dir: Path, device: torch.device) -> Policy:
+    """The reference alone: nothing is trained, only :meth:`Policy.predict_reference` is of use."""
+    if config.init_lora is not None:
+        return load_policy(config.model_copy(update={"reference": "adapter"}), model_dir, device, needs_reference=True)
+    unet = load_unet(model_dir, DTYPES[config.precision], config.unet).requires_grad_(False).to(device).eval()
+    if config.compile:
+        compile_blocks(unet)
+    return Policy(unet, config, device, reference=unet)
 
 
 def _add_lora(unet: Any, config: Config, dtype: torch.dtype) -> None:
@@ -173,9 +196,10 @@ def _add_lora(unet: Any, config: Config, dtype: torch.dtype) -> None:
         from fastpref.models.export import load_adapter
 
         load_adapter(unet, Path(config.init_lora), POLICY_ADAPTER)
-        with warnings.catch_warnings():  # peft warns of the second adapter, which is meant
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            load_adapter(unet, Path(config.init_lora), REFERENCE_ADAPTER)
+        if config.reference != "ledger":
+            with warnings.catch_warnings():  # peft warns of the second adapter, which is meant
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                load_adapter(unet, Path(config.init_lora), REFERENCE_ADAPTER)
         unet.set_adapter(POLICY_ADAPTER)
     else:
         check_lora_targets(unet, config.lora_targets)

@@ -6,7 +6,7 @@ the contrast group: (seed, epoch, group). Nothing depends on the micro-batch or 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from fastpref.data.store import ClipBatch, Store, StoreBatch
 from fastpref.models.loading import NoiseSchedule
 from fastpref.models.policy import Conditioning
 from fastpref.objectives.rpo import combine_embeddings
+from fastpref.train.profile import phase
 from fastpref_kernels import add_keyed_noise, derive_keys, keyed_noise, keyed_uniform_u32
 
 _U32 = 1 << 32
@@ -50,37 +51,54 @@ class BatchBuilder:
         self.with_losers = with_losers
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         self.alphas_cumprod = schedule.alphas_cumprod.to(device, self.dtype)
-        self.empty_prompt_embeds, self.empty_pooled = store.empty_prompt()
+        prompt, pooled = store.empty_prompt()
+        self.empty_prompt_embeds, self.empty_pooled = self.moved(prompt), None if pooled is None else self.moved(pooled)
 
-    def build(self, plan: BatchPlan, rows: slice) -> PairBatch:
-        """The pairs ``plan.indices[rows]``, noised."""
+    def read(self, plan: BatchPlan, rows: slice) -> StoreBatch:
+        """What the store holds of the pairs ``plan.indices[rows]``, flipped and exchanged as their keys say; for a GPU
+        in pinned memory, so that the copy to it does not wait."""
         ids = torch.from_numpy(plan.indices[rows])
         flip = self._coin(plan, ids, "flip", 0.5).numpy() if self.store.manifest.flips else None
         stored = self.store.batch(plan.indices[rows], flip)
         stored = _exchange(stored, self._mislabelled(ids), ("latents", "posterior_std", "time_ids"))
-        repeat = 2 if self.with_losers else 1
-        keys = self._keys(plan, ids, "noise").repeat(repeat).to(self.device)
-        timesteps = self._timesteps(plan, rows).repeat(repeat).to(self.device)
-        clean = self._latents(plan, ids, stored)
-        noise = keyed_noise(keys, tuple(clean.shape[1:]), self.dtype)
-        noisy = add_keyed_noise(clean, keys, timesteps, self.alphas_cumprod)
-        return PairBatch(
-            noisy=noisy,
-            target=noise if self.schedule.prediction_type == "epsilon" else self._velocity(clean, noise, timesteps),
-            timesteps=timesteps,
-            conditioning=self._conditioning(plan, ids, stored, repeat),
-            pairs=len(ids),
-            label=stored.label.to(self.device, self.dtype) if self.store.manifest.ties == "half" else None,
-        )
+        there = {field.name: getattr(stored, field.name) for field in fields(stored)}
+        return StoreBatch(**{name: None if value is None else self._pin(value) for name, value in there.items()})
+
+    def build(self, plan: BatchPlan, rows: slice, stored: StoreBatch | None = None) -> PairBatch:
+        """The pairs ``plan.indices[rows]``, noised; ``stored`` is what :meth:`read` gave for them."""
+        with phase("data"):
+            stored = self.read(plan, rows) if stored is None else stored
+            ids = torch.from_numpy(plan.indices[rows])
+            repeat = 2 if self.with_losers else 1
+            conditioning = self._conditioning(plan, ids, stored, repeat)
+            label = self.moved(stored.label) if self.store.manifest.ties == "half" else None
+        with phase("noise"):
+            keys = self.moved(self._keys(plan, ids, "noise").repeat(repeat))
+            timesteps = self.moved(self._timesteps(plan, rows).repeat(repeat))
+            clean = self._latents(plan, ids, stored)
+            noise = keyed_noise(keys, tuple(clean.shape[1:]), self.dtype)
+            noisy = add_keyed_noise(clean, keys, timesteps, self.alphas_cumprod)
+            epsilon = self.schedule.prediction_type == "epsilon"
+            target = noise if epsilon else self._velocity(clean, noise, timesteps)
+        return PairBatch(noisy, target, timesteps, conditioning, len(ids), label)
 
     def embeddings(self, plan: BatchPlan) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(B, E)`` unit rows of all winners and losers of the global batch; data, so every rank reads them itself."""
+        """``(B, E)`` unit rows of all winners and losers of the global batch, in the store's memory or pinned; data, so
+        every rank reads them itself."""
         wrong = self._mislabelled(torch.from_numpy(plan.indices))
         related = _exchange(self.store.clip_batch(plan.indices), wrong, ("image",))
         kind = self.config.embedding
         winner = combine_embeddings(kind, related.text, related.image_w)
         loser = combine_embeddings(kind, related.text, related.image_l)
-        return winner.to(self.device, self.dtype), loser.to(self.device, self.dtype)
+        return self._pin(winner), self._pin(loser)
+
+    def moved(self, values: torch.Tensor) -> torch.Tensor:
+        """On the device, numbers in the working precision."""
+        dtype = self.dtype if values.is_floating_point() else values.dtype
+        return values.to(self.device, dtype, non_blocking=True)
+
+    def _pin(self, values: torch.Tensor) -> torch.Tensor:
+        return values.pin_memory() if self.device.type == "cuda" else values
 
     def _keys(self, plan: BatchPlan, ids: torch.Tensor, purpose: str, draw: int = 0) -> torch.Tensor:
         return derive_keys(self.config.seed, plan.epoch, ids, draw, purpose)
@@ -102,11 +120,11 @@ class BatchBuilder:
         sides = [(stored.latents_w, stored.posterior_std_w)]
         if self.with_losers:
             sides.append((stored.latents_l, stored.posterior_std_l))
-        clean = torch.cat([mean for mean, _ in sides]).to(self.device, self.dtype)
+        clean = torch.cat([self.moved(mean) for mean, _ in sides])
         if sides[0][1] is None:
             return clean
-        std = torch.cat([s for _, s in sides if s is not None]).to(self.device, self.dtype)
-        keys = torch.cat([self._keys(plan, ids, "posterior", draw) for draw in range(len(sides))]).to(self.device)
+        std = torch.cat([self.moved(s) for _, s in sides if s is not None])
+        keys = self.moved(torch.cat([self._keys(plan, ids, "posterior", draw) for draw in range(len(sides))]))
         return clean + std * keyed_noise(keys, tuple(clean.shape[1:]), self.dtype)
 
     def _velocity(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -114,19 +132,19 @@ class BatchBuilder:
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
 
     def _conditioning(self, plan: BatchPlan, ids: torch.Tensor, stored: StoreBatch, repeat: int) -> Conditioning:
-        prompt = stored.prompt_embeds.to(self.device, self.dtype)
+        prompt = self.moved(stored.prompt_embeds)
         pooled = None
         if stored.pooled_prompt_embeds is not None:
-            pooled = stored.pooled_prompt_embeds.to(self.device, self.dtype)
+            pooled = self.moved(stored.pooled_prompt_embeds)
         if self.config.caption_dropout:
-            dropped = self._coin(plan, ids, "caption", self.config.caption_dropout).to(self.device)
-            prompt = torch.where(dropped[:, None, None], self.empty_prompt_embeds.to(self.device, self.dtype), prompt)
+            dropped = self.moved(self._coin(plan, ids, "caption", self.config.caption_dropout))
+            prompt = torch.where(dropped[:, None, None], self.empty_prompt_embeds, prompt)
             if pooled is not None and self.empty_pooled is not None:
-                pooled = torch.where(dropped[:, None], self.empty_pooled.to(self.device, self.dtype), pooled)
+                pooled = torch.where(dropped[:, None], self.empty_pooled, pooled)
         time_ids = None
         if stored.time_ids_w is not None:
             sides = [stored.time_ids_w, stored.time_ids_l][:repeat]
-            time_ids = torch.cat(sides).to(self.device, self.dtype)
+            time_ids = torch.cat([self.moved(side) for side in sides])
         return Conditioning(prompt.repeat(repeat, 1, 1), None if pooled is None else pooled.repeat(repeat, 1), time_ids)
 
 

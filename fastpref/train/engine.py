@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from fastpref.config import Config
-from fastpref.train.optim import build_optimizer
+from fastpref.train.optim import build_optimizer, load_optimizer_state, optimizer_state
 
 
 class Trainable(Protocol):
@@ -37,6 +37,10 @@ class Engine(Protocol):
         """``(F, n)`` of every rank, joined along the second dimension in rank order."""
         ...
 
+    def begin(self, step: int, learning_rate: float) -> None:
+        """Called before the first backward of 0-based ``step``."""
+        ...
+
     def backward(self, objective: torch.Tensor) -> None:
         """Add the gradient of a scalar that already carries its share of the global mean."""
         ...
@@ -44,6 +48,11 @@ class Engine(Protocol):
     def step(self, learning_rate: float) -> float | None:
         """Clip, update, clear gradients. Returns the gradient norm before clipping, or None if it was not finite
         and nothing was updated."""
+        ...
+
+    def launch(self, learning_rate: float, loss: torch.Tensor) -> torch.Tensor:
+        """As :meth:`step`, without waiting for the device: the norm as a scalar tensor. If it or ``loss`` is not finite
+        nothing is updated."""
         ...
 
     def discard(self) -> None:
@@ -84,23 +93,39 @@ class LocalEngine:
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
+    def begin(self, step: int, learning_rate: float) -> None:
+        pass
+
     def backward(self, objective: torch.Tensor) -> None:
         self.scaler.scale(objective).backward()
 
     def step(self, learning_rate: float) -> float | None:
+        norm = float(self.launch(learning_rate, torch.zeros((), device=self.parameters[0].device)))
+        return norm if math.isfinite(norm) else None
+
+    def launch(self, learning_rate: float, loss: torch.Tensor) -> torch.Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
-        finite = math.isfinite(norm)
-        if finite or self.scaler.is_enabled():  # an enabled scaler skips by itself and must see it, to lower its scale
-            self.scaler.step(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        finite = torch.isfinite(norm) & torch.isfinite(loss)
+        self._update(finite)
         self.scaler.update()
         self.discard()
-        if finite:
-            self._update_ema()
-        return norm if finite else None
+        if self.ema:
+            self._update_ema(finite)
+        return norm
+
+    def _update(self, finite: torch.Tensor) -> None:
+        """The optimizer's step where ``finite`` says so; fused optimizers read that on the device."""
+        if self.scaler.is_enabled():  # skips by itself and must see the gradients, to lower its scale
+            self.scaler.step(self.optimizer)
+        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.found_inf = (~finite).to(torch.float32)
+            self.optimizer.step()
+        elif bool(finite):
+            self.optimizer.step()
 
     def discard(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -108,12 +133,11 @@ class LocalEngine:
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors: dict[str, torch.Tensor] = {}
         values: dict[str, Any] = {"optimizer": {}, "scaler": self.scaler.state_dict()}
-        for index, entry in self.optimizer.state_dict()["state"].items():
-            for key, value in entry.items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"optimizer.{index}.{key}"] = value
-                else:
-                    values["optimizer"][f"{index}.{key}"] = value
+        for index, key, value in optimizer_state(self.optimizer):
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value
+            else:
+                values["optimizer"][f"{index}.{key}"] = value
         for name, parameter in zip(self.names, self.parameters, strict=True):
             tensors[f"policy.{name}"] = parameter.detach()
         for name, average in zip(self.names, self.ema, strict=False):
@@ -127,8 +151,7 @@ class LocalEngine:
             if part == "optimizer":
                 index, _, field = rest.partition(".")
                 state.setdefault(int(index), {})[field] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        load_optimizer_state(self.optimizer, state)
         with torch.no_grad():
             for name, parameter in zip(self.names, self.parameters, strict=True):
                 parameter.copy_(tensors[f"policy.{name}"])
@@ -141,7 +164,17 @@ class LocalEngine:
         return dict(zip(self.names, self.ema, strict=False))
 
     @torch.no_grad()
-    def _update_ema(self) -> None:
-        if self.ema:
-            assert self.ema_decay is not None
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1.0 - self.ema_decay)
+    def _update_ema(self, finite: torch.Tensor) -> None:
+        assert self.ema_decay is not None
+        weight = finite.to(self.ema[0].dtype) * (1.0 - self.ema_decay)
+        for average, parameter in zip(self.ema, self.parameters, strict=True):
+            average.lerp_(parameter, weight)
+
+
+def open_engine(model: Trainable, config: Config) -> LocalEngine:
+    """The engine a recipe asks for."""
+    if config.step_in_backward:
+        from fastpref.train.backward_step import BackwardEngine
+
+        return BackwardEngine(model, config)
+    return LocalEngine(model, config)

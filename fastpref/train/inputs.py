@@ -31,6 +31,7 @@ def open_sampler(config: Config, store: Store) -> Sampler:
         seed=config.seed,
         sampling=config.sampling,
         embeddings=store.clip_text_all() if config.sampling == "related" else None,
+        draws=config.draws,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fastpref.errors import UserError
 from fastpref.models.loading import resolve_device, resolve_model_dir
 from fastpref.models.work import Work
 from fastpref.train.checkpoint import Checkpoint, newest_intact, save_checkpoint
+from fastpref.train.profile import StepProfiler, phase
 from fastpref.train.telemetry import (
     MetricsLog,
     StopRequest,
@@ -90,6 +92,7 @@ class TrainJob:
         config, trainer, began = self.config, self.trainer, time.perf_counter()
         log = MetricsLog(run_dir, config, start)
         bar = progress_bar(self.console)
+        profiler = StepProfiler(config.profile, self.device, self.console)
 
         def spent() -> float:
             return before + time.perf_counter() - began
@@ -103,29 +106,49 @@ class TrainJob:
             values["seconds_total"] = self.seconds_total()
             save_checkpoint(run_dir / "checkpoints", step, tensors, values, config.keep_checkpoints)
 
+        waiting: Callable[[], dict[str, Any]] | None = None
+        read_at = began
+
+        def read() -> None:
+            """Log the step before, whose figures have arrived by now."""
+            nonlocal waiting, read_at
+            if waiting is None:
+                return
+            arrive, waiting = waiting, None
+            metrics, now = arrive(), time.perf_counter()
+            metrics["seconds"], read_at = now - read_at, now
+            with phase("logging"):
+                if metrics["step"] % config.log_every == 0 or metrics["step"] == config.steps:
+                    log.write(metrics)
+                bar.update(task, advance=1, note=_note(metrics))
+
         with bar, StopRequest() as stop:
             task = bar.add_task(f"train {config.method}", total=config.steps, completed=start, note="")
             watch = Watch(lambda note: bar.update(task, note=note), lambda: stop.signal is not None)
             trainer.begin(run_dir, watch)
+            read_at = time.perf_counter()
             for step in range(start, config.steps):
-                tick = time.perf_counter()
-                try:
-                    metrics = trainer.step(step)
-                except Interrupted:
-                    assert stop.signal is not None
-                    save(step)
-                    log.close()
-                    raise Stopped(stop.signal) from None
-                metrics["seconds"] = time.perf_counter() - tick
-                done = step + 1
-                if done % config.log_every == 0 or done == config.steps:
-                    log.write(metrics)
-                bar.update(task, advance=1, note=_note(metrics))
-                if stop.signal is not None or done % config.checkpoint_every == 0 or done == config.steps:
+                with profiler.step():
+                    try:
+                        launched = trainer.launch(step)
+                    except Interrupted:
+                        assert stop.signal is not None
+                        read()
+                        save(step)
+                        log.close()
+                        raise Stopped(stop.signal) from None
+                    read()
+                    waiting, done = launched, step + 1
+                    stopped_by, last = stop.signal, done == config.steps
+                    due = last or stopped_by is not None or done % config.checkpoint_every == 0
+                    if due:
+                        read()
+                profiler.close(run_dir, last=last)
+                if due:
                     save(done)
-                if stop.signal is not None:
+                if stopped_by is not None:
                     log.close()
-                    raise Stopped(stop.signal)
+                    raise Stopped(stopped_by)
         log.close()
         return spent()
 

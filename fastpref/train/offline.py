@@ -1,8 +1,9 @@
 """SFT, Diffusion-DPO and Diffusion-RPO: the loop over prepared pairs.
 
-One optimizer step: draw the global batch; for each micro-batch the reference's error, then the policy's reward; solve
-the objective for dL/dreward over the **global** batch; back-propagate ``Σ g·reward``. Because the loss depends on the
-predictions only through the rewards, that is the exact gradient, in whatever micro-batches and ranks the pairs lie.
+One optimizer step: draw the global batch; for each micro-batch the reference's error (computed, or looked up in the
+ledger), then the policy's reward; solve the objective for dL/dreward over the **global** batch; back-propagate
+``Σ g·reward``. Because the loss depends on the predictions only through the rewards, that is the exact gradient, in
+whatever micro-batches and ranks the pairs lie.
 An objective that couples pairs (RPO) has to know all rewards before any gradient: with one micro-batch the graph is
 simply kept; with several, ``accumulation`` says whether the rewards come first or all graphs are kept.
 """
@@ -10,21 +11,29 @@ simply kept; with several, ``accumulation`` says whether the rewards come first 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from fastpref.config import Config
-from fastpref.data.sampling import BatchPlan, Sampler
+from fastpref.data.ledger import Ledger
+from fastpref.data.sampling import Sampler
 from fastpref.data.store import Store
 from fastpref.errors import UserError
 from fastpref.models.policy import Policy, load_policy
 from fastpref.objectives import Objective, PairRewards, Solution, build_objective
 from fastpref.train.batch import BatchBuilder, PairBatch
-from fastpref.train.engine import Engine, LocalEngine
+from fastpref.train.engine import Engine, open_engine
+from fastpref.train.figures import check_untrained, step_figures, step_metrics
 from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_store
+from fastpref.train.loader import Loaded, Loader
+from fastpref.train.optim import learning_rate_at
+from fastpref.train.profile import phase
+from fastpref.train.reference import open_ledger
 from fastpref.train.trainer import PolicyTrainer
 from fastpref_kernels import implicit_reward, implicit_reward_parts
 
@@ -38,11 +47,11 @@ class _Scored(NamedTuple):
 
 
 class _Outcome(NamedTuple):
-    """What a global batch came to; the gradients are in the parameters."""
+    """What a global batch came to, still on the device; the gradients are in the parameters."""
 
-    loss: float
+    loss: torch.Tensor  # ()
     rewards: PairRewards
-    effective_contrasts: float = 1.0
+    effective_contrasts: torch.Tensor | None = None
 
 
 def open_trainer(config: Config, model_dir: Path, device: torch.device) -> OfflineTrainer:
@@ -54,10 +63,12 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device) -> Offli
     store, objective = open_store(config, model_dir), build_objective(config)
     _check_store(config, objective, store)
     sampler, schedule = open_sampler(config, store), open_schedule(config, model_dir)
-    policy = load_policy(config, model_dir, device, needs_reference=objective.uses_reference)
+    ledger = open_ledger(config, model_dir, store, sampler, schedule) if config.reference == "ledger" else None
+    needs_reference = objective.uses_reference and ledger is None
+    policy = load_policy(config, model_dir, device, needs_reference=needs_reference)
     check_unet(policy.unet, store, config)
     batches = BatchBuilder(store, schedule, config, device, with_losers=objective.uses_losers)
-    return OfflineTrainer(config, policy, objective, sampler, batches, LocalEngine(policy, config))
+    return OfflineTrainer(config, policy, objective, sampler, batches, open_engine(policy, config), ledger=ledger)
 
 
 @dataclass
@@ -71,6 +82,7 @@ class OfflineTrainer(PolicyTrainer):
     batches: BatchBuilder
     engine: Engine
     skipped: int = 0
+    ledger: Ledger | None = None
 
     def describe(self) -> str:
         return f"{len(self.batches.store)} pairs"
@@ -80,52 +92,101 @@ class OfflineTrainer(PolicyTrainer):
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step (0-based); returns its metrics over the global batch."""
-        plan = self.sampler.batch(step)
-        outcome = self._coupled(plan) if self.objective.couples_pairs else self._separate(plan)
-        norm, rate = self.update(step, outcome.loss)
-        return self._metrics(step, outcome, norm, rate)
+        return self.launch(step)()
 
-    def _separate(self, plan: BatchPlan) -> _Outcome:
+    def launch(self, step: int) -> Callable[[], dict[str, Any]]:
+        """The step without waiting for the device: batches are read ahead, its numbers are asked for afterwards."""
+        rate = learning_rate_at(self.config, step)
+        self.engine.begin(step, rate)
+        outcome = self._coupled(step) if self.objective.couples_pairs else self._separate(step)
+        if step == 0 and self.ledger is not None:
+            check_untrained(outcome.rewards, self.config.beta)
+        with phase("optimizer"):
+            norm = self.engine.launch(rate, outcome.loss)
+        with phase("logging"):
+            figures = step_figures(outcome.rewards, outcome.loss, norm, outcome.effective_contrasts)
+            numbers = torch.stack(list(figures.values())).to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event() if self.policy.device.type == "cuda" else None
+            if arrived is not None:
+                arrived.record()
+
+        def metrics() -> dict[str, Any]:
+            if arrived is not None:
+                arrived.synchronize()
+            found = dict(zip(figures, numbers.tolist(), strict=True))
+            if not (math.isfinite(found["loss"]) and math.isfinite(found["grad_norm"])):
+                self.count_skip(step, found["loss"])
+                found["grad_norm"] = None
+            return step_metrics(step, found, rate)
+
+        return metrics
+
+    def _separate(self, step: int) -> _Outcome:
         """Every pair on its own: forward, solve, backward, one micro-batch at a time."""
-        parts, loss = [], torch.zeros((), dtype=torch.float64)
-        for rows in self.micro_batches(self.config.batch_size):
-            batch = self.batches.build(plan, rows)
-            scored = self._score(batch, self._reference_error(batch), graph=True)
-            solution = self.objective.solve(scored.rewards)
+        parts, losses = [], []
+        for number in range(len(self._micro)):
+            loaded = self._take(step, number)
+            batch = self.batches.build(loaded.plan, loaded.rows, loaded.stored)
+            scored = self._score(batch, self._reference_error(loaded, batch), graph=True)
+            with phase("loss"):
+                solution = self.objective.solve(scored.rewards)
             share = batch.pairs / self.config.batch_size
             self._backward(scored.reward, solution, share)
-            loss += solution.loss.double().cpu() * share
+            losses.append(solution.loss.double() * share)
             parts.append(scored.rewards)
         rewards = self._gather(PairRewards.concatenate(parts))
-        return _Outcome(float(self.engine.gather(loss.view(1, 1)).sum()), rewards)
+        with phase("communication"):
+            loss = self.engine.gather(torch.stack(losses).sum().view(1, 1)).sum()
+        return _Outcome(loss, rewards, torch.ones_like(loss) if self.config.method == "rpo" else None)
 
-    def _coupled(self, plan: BatchPlan) -> _Outcome:
+    def _coupled(self, step: int) -> _Outcome:
         """Rewards of the whole global batch, then the gradient of each micro-batch."""
-        micro = self.micro_batches(self.config.batch_size)
-        keep = len(micro) == 1 or self.config.accumulation == "keep_graphs"
+        keep = len(self._micro) == 1 or self.config.accumulation == "keep_graphs"
         scored: list[_Scored] = []
-        for rows in micro:
-            batch = self.batches.build(plan, rows)
-            scored.append(self._score(batch, self._reference_error(batch), graph=keep))
+        embeddings = None
+        for number in range(len(self._micro)):
+            loaded = self._take(step, number)
+            embeddings = embeddings or loaded.embeddings
+            batch = self.batches.build(loaded.plan, loaded.rows, loaded.stored)
+            scored.append(self._score(batch, self._reference_error(loaded, batch), graph=keep))
         rewards = self._gather(PairRewards.concatenate([part.rewards for part in scored]))
-        embeddings = self.batches.embeddings(plan) if self.objective.uses_embeddings else None
-        solution = self.objective.solve(rewards, embeddings)
-        if math.isfinite(float(solution.loss)):
-            for rows, part in zip(micro, scored, strict=True):
-                if not keep:
-                    part = self._score(self.batches.build(plan, rows), part.ref_error, graph=True)
-                self._backward(part.reward, _slice(solution, rows))
-        contrasts = solution.effective_contrasts
-        return _Outcome(float(solution.loss), rewards, 1.0 if contrasts is None else float(contrasts))
+        with phase("loss"):
+            related = None if embeddings is None else tuple(map(self.batches.moved, embeddings))
+            solution = self.objective.solve(rewards, related)
+        for number, part in enumerate(scored):
+            if not keep:
+                loaded = self._take(step, len(self._micro) + number)
+                batch = self.batches.build(loaded.plan, loaded.rows, loaded.stored)
+                part = self._score(batch, part.ref_error, graph=True)
+            self._backward(part.reward, _slice(solution, self._micro[number]))
+        return _Outcome(solution.loss.double(), rewards, solution.effective_contrasts)
 
-    def _reference_error(self, batch: PairBatch) -> torch.Tensor | None:
+    @cached_property
+    def _micro(self) -> list[slice]:
+        return self.micro_batches(self.config.batch_size)
+
+    @cached_property
+    def _loader(self) -> Loader:
+        twice = self.objective.couples_pairs and len(self._micro) > 1 and self.config.accumulation == "rewards_first"
+        order = self._micro * 2 if twice else self._micro
+        return Loader(self.sampler, self.batches, order, with_embeddings=self.objective.uses_embeddings)
+
+    def _take(self, step: int, number: int) -> Loaded:
+        with phase("data"):
+            return self._loader.take(step, number)
+
+    def _reference_error(self, loaded: Loaded, batch: PairBatch) -> torch.Tensor | None:
         if not self.objective.uses_reference:
             return None
-        pred = self.policy.predict_reference(batch.noisy, batch.timesteps, batch.conditioning)
-        return -implicit_reward(pred, batch.target)
+        with phase("reference"):
+            if self.ledger is not None:
+                plan = loaded.plan
+                return self.batches.moved(self.ledger.errors(plan.epoch, plan.slot, loaded.rows))
+            pred = self.policy.predict_reference(batch.noisy, batch.timesteps, batch.conditioning)
+            return -implicit_reward(pred, batch.target)
 
     def _score(self, batch: PairBatch, ref_error: torch.Tensor | None, *, graph: bool) -> _Scored:
-        with torch.set_grad_enabled(graph):
+        with torch.set_grad_enabled(graph), phase("policy forward"):
             pred = self.policy.predict(batch.noisy, batch.timesteps, batch.conditioning)
             cross = self.config.safeguard is not None
             parts = implicit_reward_parts(pred, batch.target, ref_error=ref_error, cross=cross)
@@ -138,37 +199,13 @@ class OfflineTrainer(PolicyTrainer):
     def _backward(self, reward: torch.Tensor, solution: Solution, share: float = 1.0) -> None:
         weights = [solution.grad_w] if solution.grad_l is None else [solution.grad_w, solution.grad_l]
         weight = torch.cat(weights) * share
-        if bool(torch.isfinite(weight).all()):
+        with phase("backward"):
             self.engine.backward((weight.detach() * reward).sum())
-            self.policy.count_backward(len(reward))
+        self.policy.count_backward(len(reward))
 
     def _gather(self, rewards: PairRewards) -> PairRewards:
-        return rewards.unstacked(self.engine.gather(rewards.stacked()))
-
-    def _metrics(self, step: int, outcome: _Outcome, norm: float | None, rate: float) -> dict[str, Any]:
-        rewards = outcome.rewards
-        metrics: dict[str, Any] = {
-            "step": step + 1,
-            "loss": outcome.loss,
-            "reward_winner": None,
-            "reward_loser": None,
-            "err_winner": float(rewards.error_w.mean()),
-            "err_loser": None,
-            "margin": None,
-            "accuracy": None,
-            "grad_norm": norm,
-            "lr": rate,
-        }
-        if rewards.reward_l is not None and rewards.error_l is not None:
-            margin = rewards.reward_w - rewards.reward_l
-            metrics["reward_winner"] = float(rewards.reward_w.mean())
-            metrics["reward_loser"] = float(rewards.reward_l.mean())
-            metrics["err_loser"] = float(rewards.error_l.mean())
-            metrics["margin"] = float(margin.mean())
-            metrics["accuracy"] = float((margin > 0).double().mean())
-        if self.config.method == "rpo":
-            metrics["effective_contrasts"] = outcome.effective_contrasts
-        return metrics
+        with phase("communication"):
+            return rewards.unstacked(self.engine.gather(rewards.stacked()))
 
 
 def _slice(solution: Solution, rows: slice) -> Solution:

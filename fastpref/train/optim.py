@@ -1,30 +1,64 @@
-"""Optimizers by name and the learning rate as a function of the step, so that there is no scheduler state to save."""
+"""Optimizers by name, their state, and the learning rate as a function of the step: there is no scheduler to save."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from fastpref.config import Config
 from fastpref.errors import UserError
 
+_BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit", "lion8bit": "Lion8bit"}
+
 
 def build_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The recipe's optimizer over ``parameters``; the learning rate is set at every step."""
+    """The recipe's optimizer over ``parameters``; the learning rate is set at every step.
+
+    Raises:
+        UserError: an 8-bit optimizer without bitsandbytes.
+    """
     lr, decay = config.learning_rate, config.weight_decay
     betas = (config.adam_beta1, config.adam_beta2)
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, lr=lr, weight_decay=decay)
-    if config.optimizer == "adamw8bit":
-        try:
-            import bitsandbytes
-        except ImportError:
-            raise UserError(
-                "optimizer adamw8bit needs bitsandbytes", "optimizer", "pip install 'fastpref[bnb]'"
-            ) from None
-        return bitsandbytes.optim.AdamW8bit(parameters, lr=lr, betas=betas, eps=config.adam_epsilon, weight_decay=decay)
-    return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=config.adam_epsilon, weight_decay=decay, fused=True)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=lr, betas=betas, eps=config.adam_epsilon, weight_decay=decay, fused=True
+        )
+    library, name = _bitsandbytes(config.optimizer), config.optimizer
+    if name == "paged_adamw8bit" and parameters[0].device.type == "cpu":
+        name = "adamw8bit"  # what bitsandbytes falls back to, without its warning
+    kind = getattr(library.optim, _BITSANDBYTES[name])
+    settings = {} if name == "lion8bit" else {"eps": config.adam_epsilon}
+    return kind(parameters, lr=lr, betas=betas, weight_decay=decay, **settings)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, str, Any]]:
+    """(position of the parameter, name, tensor or number) of everything the optimizer remembers, in its own dtypes."""
+    for index, parameter in enumerate(_parameters(optimizer)):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            # bitsandbytes lets all parameters share one table, which a safetensors file cannot
+            yield index, key, value.clone() if key.startswith("qmap") else value
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
+    """Put back what :func:`optimizer_state` gave.
+
+    ``Optimizer.load_state_dict`` would cast the moments to the dtype of the parameter, which rounds those of bf16
+    weights, and bitsandbytes' nests the tensors.
+    """
+    optimizer.state.clear()
+    paged = getattr(optimizer, "is_paged", False)
+    for index, parameter in enumerate(_parameters(optimizer)):
+        for key, value in state.get(index, {}).items():
+            if paged and key in ("state1", "state2"):
+                value = optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
+            elif isinstance(value, torch.Tensor) and (key != "step" or optimizer.defaults.get("fused")):
+                value = value.to(parameter.device)
+            optimizer.state[parameter][key] = value
 
 
 def learning_rate_at(config: Config, step: int) -> float:
@@ -36,3 +70,17 @@ def learning_rate_at(config: Config, step: int) -> float:
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     factor = 1.0 - done if config.lr_scheduler == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return config.learning_rate * factor
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _bitsandbytes(optimizer: str) -> Any:
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UserError(
+            f"optimizer {optimizer} needs bitsandbytes", "optimizer", "pip install 'fastpref[bnb]'"
+        ) from None
+    return bitsandbytes

@@ -20,7 +20,7 @@ FREE_ON_RESUME = frozenset([
     "eval_records", "eval_prompts", "eval_seeds", "eval_batch_size", "records", "ties", "posterior", "buckets",
     "resolution", "clip", "max_reject_share", "shard_size", "prepare_batch_size", "max_image_pixels",
     "vae_precision", "max_skipped_steps", "engine", "decode_batch_size", "rollout_batch_size", "eval_timesteps",
-    "eval_target_images", "eval_base_images", "eval_style", "eval_clip",
+    "eval_target_images", "eval_base_images", "eval_style", "eval_clip", "compile", "profile",
 ])
 # fmt: on
 _STEPWISE = frozenset(["guidance_scale", "sample_steps", "resolution", "records", "clip", "vae_precision"])

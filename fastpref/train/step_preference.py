@@ -51,6 +51,7 @@ from fastpref.objectives.step_preference import preference_cross_entropy, prompt
 from fastpref.train.batch import BatchBuilder, PairBatch
 from fastpref.train.engine import Engine, LocalEngine
 from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_store
+from fastpref.train.profile import phase
 from fastpref.train.trainer import Trainer, take_averages
 
 
@@ -146,11 +147,13 @@ class PreferenceTrainer(Trainer):
         parts = []
         for rows in self.micro_batches(self.config.batch_size):
             batch = self.batches.build(plan, rows)
-            winner, loser = self._scores(batch, self.batches.store.captions(plan.indices[rows]))
+            with phase("policy forward"):
+                winner, loser = self._scores(batch, self.batches.store.captions(plan.indices[rows]))
             label = self._labels(plan, rows, batch).to(winner)
             weighted = weights[rows].to(winner) * preference_cross_entropy(winner, loser, label)
             if bool(torch.isfinite(weighted).all()):
-                self.engine.backward(weighted.sum())
+                with phase("backward"):
+                    self.engine.backward(weighted.sum())
             parts.append(torch.stack([winner, loser, label, weighted]).detach())
         results = self.engine.gather(torch.cat(parts, dim=1))
         loss = float(results[3].double().sum())

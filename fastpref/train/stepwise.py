@@ -35,6 +35,7 @@ from fastpref.rollout.scorers import open_scorer
 from fastpref.rollout.transitions import Selection, Transitions, select, thresholds
 from fastpref.train.engine import Engine, LocalEngine
 from fastpref.train.inputs import open_pool_sampler, open_prompts, open_schedule
+from fastpref.train.profile import phase
 from fastpref.train.trainer import PolicyTrainer
 from fastpref.train.transitions import TransitionObjective
 from fastpref.watch import Interrupted, Watch
@@ -148,11 +149,13 @@ class StepwiseTrainer(PolicyTrainer):
             value, ratios = self.objective.loss(part)
             scaled = value * (len(part) / len(rows))
             if bool(torch.isfinite(scaled)):
-                self.engine.backward(scaled)
+                with phase("backward"):
+                    self.engine.backward(scaled)
                 self.policy.count_backward(self.objective.unet_rows(part))
             loss += scaled.detach().double().cpu()
             parts.append(ratios)
-        found = self.engine.gather(torch.cat(parts, dim=1))
+        with phase("communication"):
+            found = self.engine.gather(torch.cat(parts, dim=1))
         total = float(self.engine.gather(loss.view(1, 1)).sum())
         norm, rate = self.update(step, total)
         self.position += 1
@@ -170,7 +173,8 @@ class StepwiseTrainer(PolicyTrainer):
         before, gaps = (self.work(), self.round, dict(self.totals)), []
         for _ in range(_EMPTY_ROUNDS):
             try:
-                found, selections = self._collect(step)
+                with phase("rollout"):
+                    found, selections = self._collect(step)
             except Interrupted:
                 self.restore_work(before[0])
                 _, self.round, self.totals = before

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastpref.models.policy import Policy
 from fastpref.models.work import Work
 from fastpref.train.engine import Engine
 from fastpref.train.optim import learning_rate_at
+from fastpref.train.profile import phase
 from fastpref.watch import Watch
 
 
@@ -48,6 +50,11 @@ class Trainer(ABC):
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step (0-based); returns its metrics over the global batch."""
 
+    def launch(self, step: int) -> Callable[[], dict[str, Any]]:
+        """Start a step; what is returned waits for its end and gives its metrics."""
+        metrics = self.step(step)
+        return lambda: metrics
+
     @abstractmethod
     def work(self) -> Work:
         """What was computed so far."""
@@ -76,13 +83,15 @@ class Trainer(ABC):
             UserError: more than ``max_skipped_steps`` steps came to nothing.
         """
         rate = learning_rate_at(self.config, step)
-        norm = self.engine.step(rate) if math.isfinite(loss) else None
+        with phase("optimizer"):
+            norm = self.engine.step(rate) if math.isfinite(loss) else None
         if norm is None:
             self.engine.discard()
-            self._count_skip(step, loss)
+            self.count_skip(step, loss)
         return norm, rate
 
-    def _count_skip(self, step: int, loss: float) -> None:
+    def count_skip(self, step: int, loss: float) -> None:
+        """Book a step that changed nothing; raises :class:`UserError` as :meth:`update` does."""
         self.skipped += 1
         if self.skipped > self.config.max_skipped_steps:
             raise UserError(

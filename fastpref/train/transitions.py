@@ -13,6 +13,7 @@ from fastpref.models.policy import Policy
 from fastpref.models.prompt_book import PromptBook
 from fastpref.rollout.pool import PoolSampler
 from fastpref.rollout.transitions import Transitions
+from fastpref.train.profile import phase
 from fastpref_kernels import transition_loss
 
 
@@ -37,10 +38,12 @@ class TransitionObjective:
         rows = torch.cat([shared, apart, apart])
         timesteps = self._t[part.step[rows]]
         conditioning = self.book.conditioning([self.prompts[i] for i in part.prompt[rows].tolist()])
-        policy, reference = (
-            GuidedRows(predict, conditioning, self.book.empty(), self.config.guidance_scale)(states, timesteps)
-            for predict in (self.policy.predict, self.policy.predict_reference)
-        )
+        predicted = []
+        for name, predict in (("policy forward", self.policy.predict), ("reference", self.policy.predict_reference)):
+            with phase(name):
+                guided = GuidedRows(predict, conditioning, self.book.empty(), self.config.guidance_scale)
+                predicted.append(guided(states, timesteps))
+        policy, reference = predicted
         loss, ratios = states.new_zeros(()), part.x_w.new_empty(2, len(part))
         for chosen, cut in ((shared, slice(0, len(shared))), (apart, slice(len(shared), None))):
             if len(chosen):

@@ -22,6 +22,7 @@ PURPOSES = {
     "label": 8,
     "candidate": 9,
     "choice": 10,
+    "rounding": 11,
 }
 
 

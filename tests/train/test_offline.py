@@ -52,11 +52,11 @@ def loss_and_gradient(config: Config, step: int = 1) -> tuple[float, torch.Tenso
     trainer = make_trainer(config)
     kept: list[torch.Tensor] = []
 
-    def keep(rate: float) -> float:
+    def keep(rate: float, loss: torch.Tensor) -> torch.Tensor:
         kept.append(torch.cat([p.grad.flatten() for p in trainer.policy.trainable.values() if p.grad is not None]))
-        return 0.0
+        return torch.zeros(())
 
-    trainer.engine.step = keep  # type: ignore[method-assign]
+    trainer.engine.launch = keep  # type: ignore[method-assign]
     metrics = trainer.step(step)
     return metrics["loss"], kept[0], trainer
 

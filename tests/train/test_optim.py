@@ -1,12 +1,20 @@
-"""The learning rate as a function of the step, and an optimizer step against its formula."""
+"""The learning rate as a function of the step, optimizers against their formulas, and exact resuming of each."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from fastpref.config import load_config
+from fastpref.config import Config, load_config
+from fastpref.errors import UserError
+from fastpref.runs import run_training
+from fastpref.train.checkpoint import load_checkpoint
 from fastpref.train.optim import build_optimizer, learning_rate_at
+
+MakeConfig = Callable[..., Config]
 
 
 def test_schedules_by_hand() -> None:
@@ -27,3 +35,63 @@ def test_adamw_takes_its_settings_from_the_config() -> None:
     optimizer.step()
     # decoupled decay to 2 - 0.1*0.5*2 = 1.9; the bias-corrected first step is lr * g/|g| = 0.1
     assert weight.item() == pytest.approx(1.8, abs=1e-6)
+
+
+def first_update(optimizer: str) -> torch.Tensor:
+    """What one step without weight decay does to 64x128 zeros."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(64, 128))
+    opt = build_optimizer(load_config("", [f"optimizer={optimizer}", "learning_rate=0.1", "weight_decay=0"]), [weight])
+    weight.grad = torch.randn(64, 128, generator=g)
+    opt.step()
+    return weight.detach() / weight.grad.sign()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "paged_adamw8bit", "lion8bit"])
+def test_the_first_step_of_the_8bit_optimizers_is_the_sign(optimizer: str) -> None:
+    """Adam's first step is lr * g/(|g| + eps), Lion's lr * sign(g)."""
+    pytest.importorskip("bitsandbytes")
+    assert torch.allclose(first_update(optimizer), torch.tensor(-0.1), atol=1e-4)
+
+
+def test_missing_bitsandbytes_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"optimizer lion8bit needs bitsandbytes.*pip install"):
+        build_optimizer(load_config("", ["optimizer=lion8bit"]), [torch.nn.Parameter(torch.zeros(1))])
+
+
+def test_an_unknown_optimizer_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"optimizer is 'adamm'.*adamw8bit"):
+        load_config("", ["optimizer=adamm"])
+
+
+IN_BACKWARD = ["train=full", "step_in_backward=true"]
+RECIPES = {
+    "adamw8bit": ["optimizer=adamw8bit", "train=full"],
+    "lion8bit": ["optimizer=lion8bit", "train=full", "ema_decay=0.5"],
+    "adafactor": ["optimizer=adafactor"],
+    "in the backward": [*IN_BACKWARD, "ema_decay=0.5"],
+    "pure bf16": [*IN_BACKWARD, "pure_bf16=true", "precision=bf16"],
+    "pure bf16 adamw8bit": [*IN_BACKWARD, "pure_bf16=true", "precision=bf16", "optimizer=adamw8bit"],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(sdxl_config: MakeConfig, name: str) -> None:
+    if "8bit" in name:
+        pytest.importorskip("bitsandbytes")
+    settings = ["method=dpo", "beta=200", "batch_size=2", "learning_rate=1e-3", "threads=1", *RECIPES[name]]
+
+    def trained(run: str, steps: int) -> dict[str, torch.Tensor]:
+        config = sdxl_config(*settings, f"name={run}", f"steps={steps}", "resume=auto")
+        run_training(config)
+        return load_checkpoint(config.run_dir / "checkpoints" / f"step-{steps:06d}").tensors
+
+    whole, begun = trained("whole", 3), trained("parts", 1)
+    assert any(not torch.equal(whole[key], begun[key]) for key in whole if key.startswith("policy."))
+    parts = trained("parts", 3)
+    assert whole.keys() == parts.keys() and any(key.startswith("optimizer.") for key in whole)
+    for key, value in whole.items():
+        assert value.dtype == parts[key].dtype and torch.equal(value, parts[key]), key
+    moments = {value.dtype for key, value in whole.items() if key.endswith(("exp_avg", "state1"))}
+    assert moments <= {torch.float32, torch.uint8}

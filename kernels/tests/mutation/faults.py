@@ -128,6 +128,20 @@ FAULTS = [
     ),
     Fault("noise without its scale", "keyed_noise.py", "x_t += sigma * _normals", "x_t += _normals", ADD),
     Fault("noise in the gradient", "keyed_noise.py", "if not BACKWARD:", "if True:", ADD),
+    Fault(
+        "int32 rows of the noise",
+        "keyed_noise.py",
+        "out_ptr + row * n_elements + offset, noise",
+        "out_ptr + (row * n_elements).to(tl.int32) + offset, noise",
+        ("test_offsets.py", "-k", "test_noise"),
+    ),
+    Fault(
+        "int32 rows of x_t",
+        "keyed_noise.py",
+        "out_ptr + row * n_elements + offset, x_t",
+        "out_ptr + (row * n_elements).to(tl.int32) + offset, x_t",
+        ("test_offsets.py", "-k", "test_added_noise"),
+    ),
     # losses
     Fault(
         "winner and loser swapped",

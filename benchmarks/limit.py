@@ -1,0 +1,170 @@
+"""How far a step is from the physical limit: our step over the bare UNet passes that its method needs.
+
+    python benchmarks/limit.py [--quick] [--model emoji|mid] [--repeats 7] [--compile] [--readme]
+
+Ours and the bare passes take turns in one process on the same batch. The limit of a method is a policy forward and
+backward, with the reference switched in by LoRA a reference forward too, and for RPO over several micro-batches with
+rewards first another policy forward. Writes results/limit.csv and .md; the last line is ``ratio NAME VALUE …``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from common import RESULTS, ROOT, fill, markdown, provenance, read_csv, write_csv
+from worlds import MODELS, open_world, trainer_of
+
+from fastpref.errors import UserError
+from fastpref.train.batch import PairBatch
+from fastpref.train.offline import OfflineTrainer
+
+OUT = RESULTS / "limit.csv"
+TARGET = 1.10
+ARMS = {
+    "sft": ["method=sft"],
+    "dpo": ["method=dpo"],
+    "dpo-ledger": ["method=dpo", "reference=ledger"],
+    "rpo": ["method=rpo"],
+    "rpo-ledger": ["method=rpo", "reference=ledger"],
+    "rpo-2-ledger": ["method=rpo", "reference=ledger", "micro_batch_size=4"],
+    "rpo-2-kept-ledger": ["method=rpo", "reference=ledger", "micro_batch_size=4", "accumulation=keep_graphs"],
+}
+QUICK = ("dpo", "dpo-ledger", "rpo-ledger")
+
+
+class Bare:
+    """The UNet passes of a trainer's step and nothing else, on batches that are built beforehand."""
+
+    def __init__(self, trainer: OfflineTrainer) -> None:
+        self.trainer, self.policy = trainer, trainer.policy
+        plan = trainer.sampler.batch(0)
+        self.batches = [trainer.batches.build(plan, rows) for rows in trainer.micro_batches(trainer.config.batch_size)]
+        self.extra_forward = len(self.batches) > 1 and trainer.config.accumulation == "rewards_first"
+        self.extra_forward = self.extra_forward and trainer.objective.couples_pairs
+        self.reference = trainer.objective.uses_reference and trainer.ledger is None
+
+    def step(self) -> None:
+        """What no implementation of the method can leave out."""
+        if self.reference:
+            for batch in self.batches:
+                self.policy.predict_reference(*_inputs(batch))
+        if self.extra_forward:
+            with torch.no_grad():
+                for batch in self.batches:
+                    self.policy.predict(*_inputs(batch))
+        errors = [self._error(batch) for batch in self.batches] if self._kept() else []
+        for number, batch in enumerate(self.batches):
+            (errors[number] if errors else self._error(batch)).backward()
+        self.trainer.engine.discard()
+
+    def _kept(self) -> bool:
+        return self.trainer.objective.couples_pairs and not self.extra_forward
+
+    def _error(self, batch: PairBatch) -> torch.Tensor:
+        return (self.policy.predict(*_inputs(batch)) - batch.target).square().mean()
+
+
+def _inputs(batch: PairBatch) -> tuple[Any, ...]:
+    return batch.noisy, batch.timesteps, batch.conditioning
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def measure(trainer: OfflineTrainer, repeats: int) -> list[dict[str, Any]]:
+    """Rows ``repeat, ours_ms, bare_ms``; which side begins alternates, the first repeat warms up and is left out."""
+    bare, rows, step = Bare(trainer), [], 0
+    for repeat in range(repeats + 1):
+        timed: dict[str, float] = {}
+        for side in ("ours", "bare") if repeat % 2 else ("bare", "ours"):
+            if side == "ours":
+                timed[side] = seconds(partial(trainer.step, step))
+                step += 1
+            else:
+                timed[side] = seconds(bare.step)
+        if repeat:
+            rows.append({"repeat": repeat} | {f"{side}_ms": round(1e3 * value, 3) for side, value in timed.items()})
+    return rows
+
+
+def ratios(rows: Sequence[dict[str, Any]], arm: str) -> list[float]:
+    """Ours over bare, one a repeat."""
+    return [float(row["ours_ms"]) / float(row["bare_ms"]) for row in rows if row["arm"] == arm]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Medians with the range of the repeats."""
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own, found = [row for row in rows if row["arm"] == arm], ratios(rows, arm)
+        ms = [median(float(row[f"{side}_ms"]) for row in own) for side in ("ours", "bare")]
+        spread = f"{median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
+        met = "yes" if median(found) <= TARGET else "no"
+        lines.append([arm, f"{ms[0]:.1f}", f"{ms[1]:.1f}", spread, met])
+    head = ["step", "ours, ms", "bare passes, ms", f"ratio, median of {len(own)} (range)", f"at most {TARGET:.2f}"]
+    return markdown(head, lines)
+
+
+def last_line(rows: Sequence[dict[str, Any]]) -> str:
+    """``ratio NAME VALUE …`` of the medians."""
+    arms = dict.fromkeys(row["arm"] for row in rows)
+    return " ".join(["ratio", *(f"{arm} {median(ratios(rows, arm)):.4f}" for arm in arms)])
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="emoji")
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, 5 repeats, no CSV")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    parser.add_argument("--compile", action="store_true", help="both sides with compile=true")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, write, print."""
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    about = {"model": options.model, "compile": options.compile, "threads": torch.get_num_threads()}
+    rows: list[dict[str, Any]] = []
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = [*open_world(options.model, Path(folder)), f"compile={str(options.compile).lower()}"]
+            for arm in QUICK if options.quick else ARMS:
+                print(arm, file=sys.stderr)
+                trainer = trainer_of(settings, *ARMS[arm])
+                found = measure(trainer, 5 if options.quick else options.repeats)
+                rows += [about | {"arm": arm} | row | provenance() for row in found]
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    if not options.quick:
+        kept = [row for row in read_csv(options.out) if any(row[key] != str(value) for key, value in about.items())]
+        write_csv(options.out, [*kept, *rows])
+        text = f"# Our step over the bare UNet passes: {MODELS[options.model]}\n\n{table(rows)}\n"
+        options.out.with_name(f"{options.out.stem}_{options.model}.md").write_text(text)
+    if options.readme:
+        fill(ROOT / "README.md", "table: limit", table(rows))
+    print(table(rows))
+    print(last_line(rows))
+
+
+if __name__ == "__main__":
+    main()

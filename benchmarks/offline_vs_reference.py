@@ -1,0 +1,209 @@
+"""Our SFT, DPO and RPO against a literal trainer in the style of the public scripts: same models, data and numerics.
+
+    python benchmarks/offline_vs_reference.py [--model emoji|mid|random] [--repeats 5] [--steps 3] [--readme]
+    python benchmarks/offline_vs_reference.py --reference-repo CHECKOUT [--python INTERPRETER]
+
+The sides take turns in one process: literal (literal_offline.py), ours with the reference by LoRA switch, ours with the
+ledger, and the bare UNet passes of either. What the literal side spends beside those passes is what there is to gain:
+the ceiling is literal over bare, measured in the same run, and a benchmark whose losses differ is void. Peak memory is
+each side's own, in a process of its own. --reference-repo launches a checkout of diffusers (or, on a GPU, of
+DiffusionDPO) as it is on the same model and parquet file, under --python, whose packages it has to find.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import RESULTS, ROOT, fill, provenance, read_csv, write_csv
+from limit import Bare, seconds
+from literal_offline import LiteralOffline
+from offline_report import report
+from reference_repo import run_script
+from worlds import MODELS, config_of, open_world, trainer_of
+
+from fastpref.atomic import write_bytes
+from fastpref.config import Config
+from fastpref.data.store import Store
+from fastpref.errors import UserError
+from fastpref.train.offline import OfflineTrainer
+from fastpref.train.telemetry import peak_rss_bytes
+
+OUT = RESULTS / "offline_vs_reference.csv"
+METHODS = ("sft", "dpo", "rpo")
+LOSS_TOLERANCE = 1e-5
+
+
+class Draws:
+    """Pairs, noise and timesteps of a trainer's steps, as the literal side wants them."""
+
+    def __init__(self, trainer: OfflineTrainer) -> None:
+        self.trainer = trainer
+
+    def of(self, step: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+        """(indices (n,), noise (n, C, h, w), timesteps (n,)) of a 0-based step."""
+        plan, size = self.trainer.sampler.batch(step), self.trainer.config.batch_size
+        batch = self.trainer.batches.build(plan, slice(0, size))
+        if self.trainer.batches.schedule.prediction_type != "epsilon":
+            raise ValueError("noise is the target of ε-prediction only")
+        return plan.indices, batch.target[:size], batch.timesteps[:size]
+
+
+def literal_of(config: Config) -> LiteralOffline:
+    """The literal side of a recipe."""
+    return LiteralOffline(config, Store.open(config.store).record)
+
+
+def losses(trainer: OfflineTrainer, literal: LiteralOffline, steps: int) -> list[tuple[float, float]]:
+    """(ours, literal) of each of the first ``steps``, both from where they are."""
+    draws = Draws(trainer)
+    return [(trainer.step(step)["loss"], literal.step(*draws.of(step))) for step in range(steps)]
+
+
+def check_same(found: list[tuple[float, float]]) -> float:
+    """The largest difference of the losses.
+
+    Raises:
+        UserError: it is larger than rounding explains.
+    """
+    apart = max(abs(ours - literal) for ours, literal in found)
+    if not apart <= LOSS_TOLERANCE:
+        what = f"void: the losses of the two sides differ by {apart:.1e}, more than {LOSS_TOLERANCE:.0e}"
+        raise UserError(what, "offline_vs_reference", "a benchmark of different work says nothing")
+    return apart
+
+
+def sides_of(settings: list[str], method: str) -> dict[str, list[str]]:
+    """Overrides of our arms."""
+    arms = {"ours": [f"method={method}"]}
+    return arms if method == "sft" else arms | {"ours, ledger": [f"method={method}", "reference=ledger"]}
+
+
+def measure(settings: list[str], method: str, repeats: int, steps: int) -> list[dict[str, Any]]:
+    """Rows ``repeat, side, seconds`` a step, for every side and for the bare passes of ours."""
+    ours = {side: trainer_of(settings, *overrides) for side, overrides in sides_of(settings, method).items()}
+    literal, first = literal_of(config_of(settings, f"method={method}")), next(iter(ours.values()))
+    apart = check_same(losses(first, literal, 3))
+    for trainer in list(ours.values())[1:]:
+        trainer.step(0)
+    calls: dict[str, Any] = {side: trainer.step for side, trainer in ours.items()}
+    bare = {f"bare, {side}": Bare(trainer) for side, trainer in ours.items()}
+    draws, rows, names = Draws(first), [], ["literal", *calls, *bare]
+    for repeat in range(repeats):
+        order = names[repeat % len(names) :] + names[: repeat % len(names)]
+        before = dict(literal.seconds)
+        spent = dict.fromkeys(names, 0.0)
+        for step in range(steps * repeat, steps * (repeat + 1)):
+            given = draws.of(step)
+            for name in order:
+                call = partial(literal.step, *given) if name == "literal" else None
+                if call is None:
+                    call = bare[name].step if name in bare else partial(calls[name], step)
+                spent[name] += seconds(call)
+        for name in names:
+            rows.append({"repeat": repeat, "side": name, "seconds": round(spent[name] / steps, 6)})
+        parts = {f"literal {part}": value - before.get(part, 0.0) for part, value in literal.seconds.items()}
+        rows += [{"repeat": repeat, "side": name, "seconds": round(v / steps, 6)} for name, v in parts.items()]
+    return [{"method": method, **row, "loss difference": f"{apart:.1e}"} for row in rows]
+
+
+def peak(settings: list[str], method: str, side: str) -> int:
+    """Peak resident bytes of one side in a process of its own."""
+    job = json.dumps({"settings": settings, "method": method, "side": side})
+    command = [sys.executable, __file__, "--worker", job, "--threads", str(torch.get_num_threads())]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if answer.returncode:
+        raise UserError(f"the side '{side}' failed alone", "offline_vs_reference", answer.stderr.strip()[-300:])
+    return int(answer.stdout.split()[-1])
+
+
+def work(job: dict[str, Any], steps: int = 3) -> int:
+    """A few steps of one side, nothing else loaded; its peak resident bytes."""
+    settings, method = job["settings"], job["method"]
+    if job["side"] != "literal":
+        trainer = trainer_of(settings, *sides_of(settings, method)[job["side"]])
+        for step in range(steps):
+            trainer.step(step)
+        return peak_rss_bytes()
+    config = config_of(settings, f"method={method}")
+    literal, generator = literal_of(config), torch.Generator().manual_seed(0)
+    shape = Store.open(config.store).batch([0]).latents_w.shape[1:]
+    for step in range(steps):
+        indices = np.arange(step * config.batch_size, (step + 1) * config.batch_size)
+        noise = torch.randn(config.batch_size, *shape, generator=generator)
+        literal.step(indices, noise, torch.randint(1000, (config.batch_size,), generator=generator))
+    return peak_rss_bytes()
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="emoji")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="of every side in a repeat")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    parser.add_argument("--compile", action="store_true", help="ours and the bare passes with compile=true")
+    parser.add_argument("--reference-repo", type=Path, help="checkout of diffusers or DiffusionDPO: time it too")
+    parser.add_argument("--python", default=sys.executable, help="interpreter that runs the checkout's script")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--report", action="store_true", help="run nothing: the table from the CSV")
+    parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """All rows of the settings asked for."""
+    settings = [*open_world(options.model, folder), f"compile={str(options.compile).lower()}"]
+    about = {"model": options.model, "compile": options.compile, "threads": torch.get_num_threads()}
+    rows: list[dict[str, Any]] = []
+    for method in options.methods:
+        print(method, file=sys.stderr)
+        rows += measure(settings, method, options.repeats, options.steps)
+        for side in ("literal", *sides_of(settings, method)):
+            rows.append({"method": method, "side": side, "peak_rss_bytes": peak(settings, method, side)})
+    if options.reference_repo is not None:
+        config = config_of(settings, "method=dpo")
+        value = run_script(options.reference_repo, options.python, config, 4 * options.steps + 2, folder / "public")
+        rows.append({"method": "dpo", "side": "public script", "repeat": 0, "seconds": round(value, 6)})
+    return [about | row | provenance() for row in rows]
+
+
+def main() -> None:
+    """Measure, report."""
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        if options.worker:
+            print(work(json.loads(options.worker)))
+            return
+        if not options.report:
+            with tempfile.TemporaryDirectory() as folder:
+                rows = run(options, Path(folder))
+            others = [row for row in read_csv(options.out) if any(row[key] != str(rows[0][key]) for key in ("model",))]
+            write_csv(options.out, [*others, *rows])
+        stored = read_csv(options.out)
+        if not stored:
+            raise UserError("no rows to report", str(options.out), "run the benchmark first")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    text = report(stored)
+    print(text)
+    write_bytes(options.out.with_suffix(".md"), f"# Offline training against the literal trainer\n\n{text}\n".encode())
+    if options.readme:
+        fill(ROOT / "README.md", "table: offline_vs_reference", text)
+
+
+if __name__ == "__main__":
+    main()

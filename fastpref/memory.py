@@ -1,0 +1,28 @@
+"""How much memory there is, on this machine and its devices."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+def total_bytes(device: torch.device) -> int:
+    """Bytes of RAM, or of the GPU's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be had without swapping; where the system does not say, all there are."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if _MEMINFO.is_file():
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return total_bytes(device)

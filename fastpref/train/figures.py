@@ -1,0 +1,57 @@
+"""What an offline step says about itself: numbers that stay on the device until the step after, then a metrics line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastpref.errors import UserError
+from fastpref.objectives import PairRewards
+
+MAX_LOGIT_NOISE = 0.05
+
+
+def step_figures(
+    rewards: PairRewards, loss: torch.Tensor, norm: torch.Tensor, effective_contrasts: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """The figures of a global batch as fp64 scalars on its device; nothing here waits for it."""
+    figures = {"loss": loss, "grad_norm": norm, "err_winner": rewards.error_w.mean()}
+    if rewards.reward_l is not None and rewards.error_l is not None:
+        margin = rewards.reward_w - rewards.reward_l
+        figures["reward_winner"] = rewards.reward_w.mean()
+        figures["reward_loser"] = rewards.reward_l.mean()
+        figures["err_loser"] = rewards.error_l.mean()
+        figures["margin"] = margin.mean()
+        figures["accuracy"] = (margin > 0).double().mean()
+    if effective_contrasts is not None:
+        figures["effective_contrasts"] = effective_contrasts
+    return {name: figure.double().reshape(()) for name, figure in figures.items()}
+
+
+_KEYS = ("loss", "reward_winner", "reward_loser", "err_winner", "err_loser", "margin", "accuracy", "grad_norm")
+
+
+def step_metrics(step: int, found: dict[str, float | None], rate: float) -> dict[str, Any]:
+    """The line of ``metrics.jsonl`` of a 0-based step; None for what a method does not have."""
+    metrics: dict[str, Any] = {"step": step + 1, **{key: found.get(key) for key in _KEYS}, "lr": rate}
+    if "effective_contrasts" in found:
+        metrics["effective_contrasts"] = found["effective_contrasts"]
+    return metrics
+
+
+def check_untrained(rewards: PairRewards, beta: float) -> None:
+    """Before the first update the policy is the reference, so rewards by a ledger's errors are what these are off by.
+
+    Raises:
+        UserError: that moves the logits β/2·Δreward by more than rounding may.
+    """
+    assert rewards.reward_l is not None
+    logits = (rewards.reward_w - rewards.reward_l).double() * (beta / 2)
+    noise = float(logits.square().mean().sqrt())
+    if noise > MAX_LOGIT_NOISE:
+        raise UserError(
+            f"the ledger's errors are not this model's: {noise:.2g} in the logit, at most {MAX_LOGIT_NOISE}",
+            "reference",
+            "prepare the ledger on the kind of device that trains, or use precision=fp32 or a smaller beta",
+        )

@@ -1,0 +1,180 @@
+"""``fastpref prepare --reference``: the reference ledger of a recipe, and how training opens it.
+
+In fp32 the forwards are as large as ``prepare_batch_size``. In half precision they have the shape of training's own,
+``micro_batch_size`` pairs: another batch shape may round otherwise, and only equal rounding on both sides leaves the
+logit ``β/2·Δreward`` free of it (benchmarks/ledger_noise.py). Training checks it in its first step, where the policy
+still is the reference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fastpref.config import Config
+from fastpref.config_rules import LEDGER_METHODS
+from fastpref.data.ledger import Facts, Ledger, Part
+from fastpref.data.prepare import rank_device
+from fastpref.data.progress import Bars
+from fastpref.data.sampling import BatchPlan, Sampler
+from fastpref.data.store import Store
+from fastpref.data.workspace import Ranks
+from fastpref.errors import UserError
+from fastpref.models.loading import NoiseSchedule, resolve_model_dir, unet_fingerprint
+from fastpref.models.policy import Policy, load_reference
+from fastpref.train.batch import BatchBuilder, PairBatch
+from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_store
+from fastpref_kernels import implicit_reward
+
+
+def open_ledger(config: Config, model_dir: Path, store: Store, sampler: Sampler, schedule: NoiseSchedule) -> Ledger:
+    """The ledger that the recipe trains with.
+
+    Raises:
+        UserError: it is not there, made for something else, too short or damaged.
+    """
+    ledger = ledger_of(config, model_dir, store, sampler, schedule)
+    ledger.check(steps_to_look_up(config, sampler))
+    return ledger
+
+
+def ledger_of(config: Config, model_dir: Path, store: Store, sampler: Sampler, schedule: NoiseSchedule) -> Ledger:
+    """The recipe's ledger, whatever of it is there."""
+    half = in_half_precision(config)
+    noise_levels = schedule.alphas_cumprod.numpy().tobytes() + schedule.prediction_type.encode()
+    facts = Facts(
+        reference=unet_fingerprint(model_dir, config.unet, config.init_lora),
+        store=store.manifest.fingerprint,
+        schedule=hashlib.sha256(noise_levels).hexdigest(),
+        seed=config.seed,
+        batch_size=config.batch_size,
+        group_size=config.group,
+        sampling=config.sampling,
+        timestep_range=config.timestep_range,
+        caption_dropout=config.caption_dropout,
+        label_noise=config.label_noise,
+        precision=config.precision,
+        micro_batch_size=config.micro_batch if half else None,
+        compile=config.compile if half else None,
+    )
+    return Ledger(store.path, facts, sampler.batches_per_epoch)
+
+
+def in_half_precision(config: Config) -> bool:
+    """Whether predictions are rounded to 16 bits."""
+    return config.precision in ("bf16", "fp16")
+
+
+def steps_to_look_up(config: Config, sampler: Sampler) -> int:
+    """Optimizer steps whose draws differ."""
+    return min(config.steps, (config.draws or config.steps) * sampler.batches_per_epoch)
+
+
+@dataclass(frozen=True)
+class LedgerSummary:
+    """What ``prepare --reference`` did, or would do."""
+
+    path: Path
+    steps: int
+    draws: int
+    rows: int  # that passed the reference in this call
+    found: int  # parts of this rank that were there already
+    seconds: float
+    dry_run: bool = False
+
+    def __str__(self) -> str:
+        head = "dry run, nothing written" if self.dry_run else "up to date" if not self.rows else "reference ledger"
+        lines = [f"{self.path}: {head}", f"  {self.steps} steps, {self.draws} draws of a pair"]
+        lines.append(f"  {self.rows} rows through the reference, {self.seconds:.1f} s; {self.found} files were there")
+        return "\n".join(lines)
+
+
+def prepare_reference(config: Config, *, dry_run: bool = False, progress: bool = True) -> LedgerSummary:
+    """Write what is missing of the recipe's ledger; each rank of a launcher takes its share of the parts.
+
+    Raises:
+        UserError: the recipe has no use for a ledger, or store and model do not fit.
+    """
+    started = time.perf_counter()
+    if config.method not in LEDGER_METHODS:
+        raise UserError(f"method {config.method} has no reference ledger", "method", "dpo and rpo have one")
+    ranks = Ranks.from_env()
+    model_dir, device = resolve_model_dir(config.model), rank_device(config, ranks)
+    store, schedule = open_store(config, model_dir), open_schedule(config, model_dir)
+    sampler = open_sampler(config, store)
+    ledger = ledger_of(config, model_dir, store, sampler, schedule)
+    steps = steps_to_look_up(config, sampler)
+    wanted = [part for _, part in ranks.share(list(ledger.parts(steps)))]
+    todo = [part for part in wanted if not (ledger.path / part.file).is_file()]
+    rows = sum(2 * len(part.steps) * config.batch_size for part in todo)
+    if todo and not dry_run:
+        writer = _Writer(config, load_reference(config, model_dir, device), sampler, store, schedule)
+        writer.write(ledger, todo, progress and ranks.rank == 0)
+    draws, seconds = -(-steps // sampler.batches_per_epoch), time.perf_counter() - started
+    return LedgerSummary(ledger.path, steps, draws, rows, len(wanted) - len(todo), seconds, dry_run)
+
+
+class _Stretch(NamedTuple):
+    """Pairs of one bucket, in the order of the steps, and where in a part they belong."""
+
+    plan: BatchPlan
+    steps: np.ndarray  # (n,) row of the part
+    places: np.ndarray  # (n,) place in the batch
+
+
+class _Writer:
+    """Runs the reference over the draws of a recipe."""
+
+    def __init__(
+        self, config: Config, reference: Policy, sampler: Sampler, store: Store, schedule: NoiseSchedule
+    ) -> None:
+        check_unet(reference.unet, store, config)
+        self.config, self.reference, self.sampler, self.store = config, reference, sampler, store
+        self.builder = BatchBuilder(store, schedule, config, reference.device, with_losers=True)
+        self.pairs_per_call = config.micro_batch if in_half_precision(config) else config.prepare_batch_size
+
+    def write(self, ledger: Ledger, parts: list[Part], progress: bool) -> None:
+        """Write the parts, one file each."""
+        ledger.begin()
+        with Bars(progress, None) as bars:
+            advance = bars.add("pairs through the reference", sum(len(p.steps) * self.config.batch_size for p in parts))
+            for part in parts:
+                errors = torch.empty(len(part.steps), 2, self.config.batch_size, dtype=ledger.dtype)
+                for stretch in self._stretches(part):
+                    self._fill(errors, stretch, advance)
+                ledger.write(part, errors)
+
+    def _stretches(self, part: Part) -> list[_Stretch]:
+        """The part's batches joined by bucket, whose latents have one size."""
+        start = part.draw * self.sampler.batches_per_epoch
+        by_bucket: defaultdict[int, list[tuple[int, BatchPlan]]] = defaultdict(list)
+        for at, step in enumerate(part.steps):
+            plan = self.sampler.batch(start + step)
+            by_bucket[int(self.store.bucket_ids[plan.indices[0]])].append((at, plan))
+        joined = []
+        for found in by_bucket.values():
+            indices = np.concatenate([plan.indices for _, plan in found])
+            groups = np.concatenate([plan.groups for _, plan in found])
+            steps = np.repeat([at for at, _ in found], self.config.batch_size)
+            places = np.tile(np.arange(self.config.batch_size), len(found))
+            joined.append(_Stretch(BatchPlan(part.draw, indices, groups), steps, places))
+        return joined
+
+    def _fill(self, errors: torch.Tensor, stretch: _Stretch, advance: Callable[[int], None]) -> None:
+        for start in range(0, len(stretch.steps), self.pairs_per_call):
+            rows = slice(start, min(start + self.pairs_per_call, len(stretch.steps)))
+            found = self._errors(self.builder.build(stretch.plan, rows)).view(2, -1).to("cpu", errors.dtype)
+            errors[stretch.steps[rows], :, stretch.places[rows]] = found.T
+            advance(rows.stop - rows.start)
+
+    def _errors(self, batch: PairBatch) -> torch.Tensor:
+        pred = self.reference.predict_reference(batch.noisy, batch.timesteps, batch.conditioning)
+        return -implicit_reward(pred, batch.target)

@@ -1,0 +1,208 @@
+"""The step itself: nothing in it waits for the device, batches come ahead of it, its profile, compiled blocks."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastpref.config import Config
+from fastpref.errors import UserError
+from fastpref.models import compiled
+from fastpref.train import loader
+from fastpref.train.job import TrainJob
+from fastpref.train.offline import OfflineTrainer
+from fastpref.train.profile import IDLE, StepProfiler
+
+MakeConfig = Callable[..., Config]
+
+
+def trainer_of(config: Config) -> OfflineTrainer:
+    trainer = TrainJob.open(config).trainer
+    assert isinstance(trainer, OfflineTrainer)
+    return trainer
+
+
+class ReadBacks(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: values read into Python and sizes that depend on values."""
+
+    WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).rsplit(".", 1)[0]
+        if name.startswith(self.WAITING):
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["method=sft"],
+        ["method=dpo", "micro_batch_size=2", "safeguard=0.9", "ema_decay=0.9"],
+        ["method=rpo", "micro_batch_size=4", "caption_dropout=0.5", "max_grad_norm=null"],
+    ],
+)
+def test_nothing_is_read_back_before_the_step_is_under_way(sdxl_config: MakeConfig, method: list[str]) -> None:
+    trainer = trainer_of(sdxl_config(*method))
+    with ReadBacks() as seen:
+        first = trainer.launch(0)
+        second = trainer.launch(1)
+    # the checks of timesteps on the CPU compare numbers that a GPU would not be asked for
+    allowed = seen.found.pop("aten._local_scalar_dense", 0)
+    assert not seen.found
+    assert allowed <= 2 * 4 * len(trainer._micro), allowed
+    assert (first()["step"], second()["step"]) == (1, 2)
+
+
+def test_metrics_a_step_late_are_those_of_waiting_for_each(sdxl_config: MakeConfig) -> None:
+    waiting, ahead = (trainer_of(sdxl_config("method=rpo", "micro_batch_size=4")) for _ in range(2))
+    lines = [waiting.step(step) for step in range(4)]
+    launched = [ahead.launch(step) for step in range(4)]
+    assert [launch() for launch in launched] == lines
+
+
+def test_a_bad_step_changes_nothing_although_the_host_learns_of_it_later(sdxl_config: MakeConfig) -> None:
+    """The second of three steps has no finite loss: weights and optimizer are as if it had not been."""
+    runs = []
+    for bad in (True, False):
+        trainer = trainer_of(sdxl_config("method=dpo", "micro_batch_size=4", "ema_decay=0.9", "max_skipped_steps=1"))
+        solve, calls = trainer.objective.solve, 0
+
+        def broken(rewards: Any, related: Any = None, solve: Any = solve) -> Any:
+            nonlocal calls
+            calls += 1
+            solution = solve(rewards, related)
+            return solution._replace(loss=solution.loss * math.nan, grad_w=solution.grad_w * math.nan)
+
+        first = trainer.launch(0)
+        if bad:
+            object.__setattr__(trainer.objective, "solve", broken)
+            second = trainer.launch(1)
+            object.__delattr__(trainer.objective, "solve")
+        third = trainer.launch(2)
+        if bad:
+            assert calls == 2 and trainer.skipped == 0
+            assert math.isfinite(first()["grad_norm"]) and second()["grad_norm"] is None
+            assert trainer.skipped == 1
+        assert math.isfinite(third()["grad_norm"])
+        runs.append(trainer.engine.state()[0])
+    assert runs[0].keys() == runs[1].keys()
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+
+
+def test_an_unlucky_micro_batch_spoils_only_its_step_and_a_limit_stops_the_run(sdxl_config: MakeConfig) -> None:
+    trainer = trainer_of(sdxl_config("method=dpo", "micro_batch_size=4", "max_skipped_steps=0"))
+    trainer._loader.take(0, 0).stored.latents_w.fill_(math.nan)  # a copy: the store keeps its own
+    take = trainer._loader.take
+    trainer._loader.take = lambda step, number: _poisoned(take(step, number), number == 1)  # type: ignore[method-assign]
+    before = [parameter.detach().clone() for parameter in trainer.policy.trainable.values()]
+    launched = trainer.launch(0)
+    with pytest.raises(UserError, match="non-finite"):
+        launched()
+    for parameter, kept in zip(trainer.policy.trainable.values(), before, strict=True):
+        assert torch.equal(parameter, kept)
+
+
+def _poisoned(loaded: loader.Loaded, yes: bool) -> loader.Loaded:
+    if yes:
+        loaded.stored.latents_l.fill_(math.nan)
+    return loaded
+
+
+def test_the_loader_is_ahead_and_gives_what_was_asked_for(sdxl_config: MakeConfig) -> None:
+    trainer = trainer_of(sdxl_config("method=rpo", "micro_batch_size=4"))
+    assert [rows.start for rows in trainer._loader.micro_batches] == [0, 4, 0, 4], "rewards first: twice"
+    read, threads = trainer.batches.read, []
+
+    def spy(plan: Any, rows: slice) -> Any:
+        threads.append((threading.current_thread().name, plan.slot, rows.start))
+        return read(plan, rows)
+
+    trainer.batches.read = spy  # type: ignore[method-assign]
+    for step, number in ((0, 0), (0, 1), (0, 2), (3, 1), (0, 0)):
+        loaded = trainer._loader.take(step, number)
+        plan = trainer.sampler.batch(step)
+        assert np.array_equal(loaded.plan.indices, plan.indices) and loaded.rows.start == 4 * (number % 2)
+        assert (loaded.embeddings is not None) == (number == 0)
+        expected = read(plan, loaded.rows)
+        assert torch.equal(loaded.stored.latents_l, expected.latents_l)
+    trainer._loader._pool.shutdown()
+    assert {name.split("_")[0] for name, *_ in threads} == {"loader"}
+    assert [(slot, start) for _, slot, start in threads[:5]] == [(0, 0), (0, 4), (0, 0), (0, 4), (1, 0)]
+
+
+def test_what_the_loader_meets_is_raised_in_the_step(sdxl_config: MakeConfig) -> None:
+    trainer = trainer_of(sdxl_config("method=dpo"))
+
+    def broken(*_: object) -> Any:
+        raise UserError("the store's file is damaged")
+
+    trainer.batches.read = broken  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="damaged"):
+        trainer.step(0)
+
+
+def test_profile_writes_a_trace_and_a_table_that_adds_up(sdxl_config: MakeConfig, tmp_path: Path) -> None:
+    from fastpref.runs import run_training
+
+    run_training(sdxl_config("method=rpo", "micro_batch_size=4", "steps=12", "profile=true", "name=profiled"))
+    folder = tmp_path / "runs" / "profiled" / "profile"
+    with gzip.open(folder / "trace.json.gz") as stream:
+        assert len(json.load(stream)["traceEvents"]) > 1000
+    rows = list(csv.DictReader((folder / "phases.csv").read_text().splitlines()))
+    share = {row["phase"]: float(row["share"]) for row in rows}
+    assert sum(share.values()) == pytest.approx(1, abs=0.01) and 0 <= share[IDLE] < 0.2
+    assert {"data", "noise", "policy forward", "reference", "loss", "backward", "optimizer", "logging"} < share.keys()
+    assert share["policy forward"] > share["reference"] > share["loss"], "rewards first: the policy twice"
+    plain = sdxl_config("method=rpo", "micro_batch_size=4", "steps=12", "name=plain")
+    run_training(plain)
+    lines = [(tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in ("profiled", "plain")]
+    assert [json.loads(line)["loss"] for line in lines[0]] == [json.loads(line)["loss"] for line in lines[1]]
+
+
+def test_a_run_shorter_than_the_window_is_profiled_to_its_end(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    for steps, there in ((2, False), (3, True)):
+        profiler = StepProfiler(True, torch.device("cpu"), Console(quiet=True))
+        for step in range(steps):
+            with profiler.step():
+                torch.ones(1)
+            profiler.close(tmp_path / str(steps), last=step == steps - 1)
+        assert (tmp_path / str(steps) / "profile" / "phases.csv").is_file() == there
+
+
+def test_compiled_blocks_compute_the_same(sdxl_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA on and off, with and without gradient, checkpointed: losses and weights as without compiling."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setitem(compiled.OPTIONS, "backend", "aot_eager")
+    common = ["method=rpo", "precision=fp64", "gradient_checkpointing=true", "micro_batch_size=4", "learning_rate=0.01"]
+    counters.clear()
+    results = []
+    for extra in ([], ["compile=true"]):
+        trainer = trainer_of(sdxl_config(*common, *extra))
+        lines = [trainer.step(step) for step in range(2)]
+        results.append((lines, [parameter.detach().clone() for parameter in trainer.policy.trainable.values()]))
+        assert bool(counters["stats"]) == bool(extra)
+    for line, expected in zip(results[1][0], results[0][0], strict=True):
+        assert line == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    for weight, expected in zip(results[1][1], results[0][1], strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-7, atol=1e-10)
+    torch._dynamo.reset()
