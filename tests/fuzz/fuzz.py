@@ -36,11 +36,11 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
     sys.path.insert(1, str(Path(__file__).parents[2] / "benchmarks"))
 
-import torch  # noqa: E402
+import torch
 
-from fastpref.errors import UserError  # noqa: E402
-from fuzz.targets import TARGETS, Attempt, enter, leftovers, tree  # noqa: E402
-from fuzz.world import World  # noqa: E402
+from fastpref.errors import UserError
+from fuzz.targets import TARGETS, Attempt, enter, leftovers, tree
+from fuzz.world import World
 
 SECONDS = 60  # a case may take; the usual one takes a tenth of one
 CHUNK = 100  # cases of a worker
