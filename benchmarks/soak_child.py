@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 PHASES = {
     "opening": "fastpref.train.job:_open_trainer",
     "data": "fastpref.data.sampling:Sampler.batch",
+    "loading": "fastpref.train.loader:Loader.take",
     "batch": "fastpref.train.batch:BatchBuilder.build",
     "forward": "fastpref.models.policy:Policy.predict",
     "optimizer": "fastpref.train.trainer:Trainer.update",
@@ -65,14 +67,16 @@ class Marks:
         return float(self._table[2 + len(_NAMES) + _NAMES.index(phase)]) / 1e9
 
     def marked(self, phase: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-        """``plain``, telling about itself."""
+        """``plain``, telling about itself; of what other threads do, only how often."""
         number = _NAMES.index(phase)
 
         @functools.wraps(plain)
         def telling(*arguments: Any, **keywords: Any) -> Any:
+            self._table[2 + number] += 1
+            if threading.current_thread() is not threading.main_thread():
+                return plain(*arguments, **keywords)
             before, began = int(self._table[1]), time.perf_counter_ns()
             self._table[1] = number
-            self._table[2 + number] += 1
             try:
                 return plain(*arguments, **keywords)
             finally:

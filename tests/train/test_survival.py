@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -227,3 +228,22 @@ def test_a_dead_decoding_thread_ends_prepare_and_is_made_up_for(
         for folder in (tmp_path / "store", sd15_store)
     )
     assert calls[0] and ours == theirs
+
+
+def test_a_dead_loader_thread_ends_the_run_and_nothing_else(
+    recipe: Recipe, whole: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, read, calls = recipe("starved"), Store.batch, [0]
+
+    def dying(self: Store, *arguments: Any, **keywords: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > 6 and threading.current_thread() is not threading.main_thread():
+            raise MemoryError("in the thread")
+        return read(self, *arguments, **keywords)
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError, match="in the thread"):
+        patched.setattr(Store, "batch", dying)
+        run_training(config)
+    assert checkpoint(config).step == 2
+    run_training(config)
+    assert same(weights(config), whole)
