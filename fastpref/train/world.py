@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -26,11 +26,12 @@ from fastpref.data.workspace import Ranks
 from fastpref.errors import UserError
 
 _LOST = re.compile(
-    r"timed out|timeout|connection (reset|closed|refused)|broken pipe|gloo|nccl|socket|store", re.IGNORECASE
+    r"timed out|timeout|connection (reset|closed|refused)|broken pipe|gloo|nccl|socket|tcpstore", re.IGNORECASE
 )
-
-
+_LATE = re.compile(r"timed out|timeout", re.IGNORECASE)
+_STEP, _LEFT = "fastpref/step/", "fastpref/left/"  # keys of the store, by rank
 _POLL_SECONDS = 0.2
+_ROLL_CALL_SECONDS = 5.0  # those that wait for a lost rank give up at about the same time
 _turns = itertools.count()
 
 
@@ -52,7 +53,6 @@ class World:
     local_rank: int = 0
     timeout: float = 0.0
     control: Any = None
-    progress: list[int] = field(default_factory=lambda: [0, 0])  # step, meetings in it
 
     @property
     def is_main(self) -> bool:
@@ -69,7 +69,6 @@ class World:
         """``(F, n)`` of every process, joined along the second dimension in rank order; n may differ."""
         if self.size == 1:
             return values
-        self._meet()
         group = None if values.is_cuda else self.control
         plain = values.view(torch.uint8) if values.dtype == torch.bool else values
         own = torch.tensor([plain.shape[1]])
@@ -87,7 +86,6 @@ class World:
 
     def sum_(self, tensors: list[torch.Tensor], bucket: int = 1 << 25) -> None:
         """Replace tensors of one device by their sums over the processes, about ``bucket`` elements at a time."""
-        self._meet()
         waiting: list[torch.Tensor] = []
         for number, tensor in enumerate(tensors, 1):
             waiting.append(tensor)
@@ -104,7 +102,6 @@ class World:
         """The largest ``value`` of all processes."""
         if self.size == 1:
             return value
-        self._meet()
         found = torch.tensor(value)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.control)
         return int(found)
@@ -113,7 +110,6 @@ class World:
         """``value`` (numbers, strings, lists) of every process, in rank order."""
         if self.size == 1:
             return [value]
-        self._meet()
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self.control)
         return found
@@ -158,20 +154,9 @@ class World:
                 raise error from own
 
     def beat(self, step: int) -> None:
-        """Say that this process has come to ``step``."""
+        """Say that this process has come to 0-based ``step``."""
         if self.size > 1:
-            self.progress[:] = [step, 0]
-            self._tell()
-
-    def _meet(self) -> None:
-        """Say that this process waits for the others, once more in this step."""
-        if self.size == 1:
-            return
-        self.progress[1] += 1
-        self._tell()
-
-    def _tell(self) -> None:
-        _store().set(f"fastpref/{self.rank}", json.dumps(self.progress))
+            _store().set(f"{_STEP}{self.rank}", str(step + 1))
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -184,34 +169,24 @@ class World:
             raise RankLost(self._diagnosis(str(error))) from error
 
     def _diagnosis(self, message: str) -> str:
-        heard = self._heard()
-        first, last = max(heard.values(), default=(0, 0)), min(heard.values(), default=(0, 0))
-        behind = [f"rank {rank}" for rank, place in heard.items() if place == last != first]
-        if len(heard) < self.size:
-            who = ", ".join(f"rank {rank}" for rank in range(self.size) if rank not in heard) + " cannot be reached"
-        elif behind:
-            who = f"{', '.join(behind)} did not come through step {last[0] + 1}"
-        else:
-            who = f"a rank stopped answering in step {first[0] + 1}"
-        if "timed out" in message.lower() or "timeout" in message.lower():
-            who += f" within {self.timeout:.0f} s (rank_timeout)"
-        todo = "start all ranks again with resume=auto; the newest checkpoint is whole"
-        return f"{who}, rank {self.rank} gives up: {todo}"
-
-    def _heard(self) -> dict[int, tuple[int, int]]:
-        """What each process that can be asked has said last."""
-        found = {}
+        """Whoever is left says so; the lost ones are those that do not."""
+        lost, step = list(range(self.size)), "0"
         try:
             store = _store()
-            store.set_timeout(timedelta(seconds=5))
-            for rank in range(self.size):
-                if store.check([f"fastpref/{rank}"]):
-                    step, meetings = json.loads(store.get(f"fastpref/{rank}"))
-                    found[rank] = (step, meetings)
+            store.set(f"{_LEFT}{self.rank}", "")
+            until = time.monotonic() + _ROLL_CALL_SECONDS
+            while lost and time.monotonic() < until:
+                lost = [rank for rank in lost if not store.check([f"{_LEFT}{rank}"])]
+                time.sleep(_POLL_SECONDS)
+            if lost and store.check([f"{_STEP}{lost[0]}"]):
+                step = store.get(f"{_STEP}{lost[0]}").decode()
         except (RuntimeError, dist.DistError):
-            own = (self.progress[0], self.progress[1])
-            return dict.fromkeys(range(1, self.size), own)  # the store is where rank 0 was
-        return found
+            lost = [0]  # the store is where rank 0 was
+        who = ", ".join(f"rank {rank}" for rank in lost) if lost else "the connection"
+        where = f" in step {step}" if step != "0" else ""
+        after = f" for {self.timeout:.0f} s (rank_timeout)" if _LATE.search(message) else ""
+        todo = "start all ranks again with resume=auto; the newest checkpoint is whole"
+        return f"{who} stopped answering{where}{after}, rank {self.rank} gives up: {todo}"
 
 
 def open_world(config: Config, device: torch.device) -> World:
