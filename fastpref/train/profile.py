@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import json
+import os
 from collections import Counter
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -44,6 +45,7 @@ class StepProfiler:
         self.cuda, self.console = device.type == "cuda", console
         self._seen, self._profiler = 0, None
         if wanted:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notes would tear the progress line
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.cuda else [])]
             self._profiler = torch.profiler.profile(activities=activities)
 

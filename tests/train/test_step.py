@@ -221,7 +221,7 @@ def test_compiled_blocks_compute_the_same(sdxl_config: MakeConfig, monkeypatch: 
     from torch._dynamo.utils import counters
 
     monkeypatch.setitem(compiled.OPTIONS, "backend", "aot_eager")
-    common = ["method=rpo", "precision=fp64", "gradient_checkpointing=true", "micro_batch_size=4", "learning_rate=0.01"]
+    common = ["method=dpo", "precision=fp64", "gradient_checkpointing=true", "learning_rate=0.01"]
     counters.clear()
     results = []
     for extra in ([], ["compile=true"]):
