@@ -1,4 +1,9 @@
-"""Bytes on one GPU: what ZeRO divides among ranks, and what everyone holds."""
+"""Bytes on one GPU: what ZeRO divides among ranks, and what everyone holds.
+
+They are the bytes of live tensors. On a CPU glibc keeps freed blocks below 32 MB for itself, which shows where models
+are small: a run of the bundled one without checkpointing has a peak RSS about 15 % above them unless
+MALLOC_MMAP_THRESHOLD_ is set.
+"""
 
 from __future__ import annotations
 

@@ -78,8 +78,7 @@ def _plan(config: Config, gpus: int, device: str, shapes: Shapes, nearest: str) 
     seen = config.model_copy(update=unseen)  # what the count does not depend on, or counts as eager
     sizes = (json.dumps(shapes.unet), shapes.latent, shapes.tokens, batch.micro)
     count = _counted(seen.model_dump_json(), *sizes, batch.rounds > 1)
-    resident = resident_bytes() if device == "cpu" else 0
-    resident += _beside(config)
+    resident = (_process_bytes(config) if device == "cpu" else 0) + _beside(config)
     stages = (0,) if gpus == 1 else (1, 2, 3)
     memories = [memory_of(config, count, stage, gpus, resident) for stage in stages]
     traffic = [traffic_bytes(config, count, batch, stage, gpus) for stage in stages]
@@ -138,6 +137,20 @@ def _shapes(config: Config, family: str | None) -> Shapes:
     side = config.resolution // vae_scale_factor(folder)
     tokens = _read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77)
     return Shapes(unet, (int(unet.get("in_channels", 4)), side, side), int(tokens))
+
+
+def _process_bytes(config: Config) -> int:
+    """Of this process, when it has imported what a training imports."""
+    import pyarrow.parquet  # noqa: F401
+    import transformers  # noqa: F401
+
+    import fastpref.train.job  # noqa: F401
+
+    if config.method in STEPWISE_METHODS:
+        import fastpref.train.stepwise  # noqa: F401
+    else:
+        import fastpref.train.offline  # noqa: F401
+    return resident_bytes()
 
 
 def _here(config: Config) -> bool:
