@@ -144,10 +144,10 @@ def _process_bytes(config: Config) -> int:
     import pyarrow.parquet  # noqa: F401
     import transformers  # noqa: F401
 
-    import fastpref.train.job  # noqa: F401
+    import fastpref.train.job
 
     if config.method in STEPWISE_METHODS:
-        import fastpref.train.stepwise  # noqa: F401
+        import fastpref.train.stepwise
     else:
         import fastpref.train.offline  # noqa: F401
     return resident_bytes()
