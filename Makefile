@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 MANIFESTS := pyproject.toml kernels/pyproject.toml constraints.txt
 
-.PHONY: help quickstart quickstart-spo test lint compare bench kernels gpu-acceptance clean
+.PHONY: help quickstart quickstart-spo test lint compare bench kernels fuzz soak gpu-acceptance clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,8 @@ help:
 	@echo "make compare      SFT, DPO and RPO from one base over three seeds: an hour and a half or more, resumable"
 	@echo "make bench        the short set of benchmarks, 20 minutes"
 	@echo "make kernels      the kernel package's proof without a GPU: gates, interpreter, lanes, mutations; 10 minutes"
+	@echo "make fuzz         5000 damaged inputs in-process and 300 through the command line; 45 minutes"
+	@echo "make soak         50 kill -9 over the phases of DPO, RPO and SPO runs, each resumed; 20 minutes, resumable"
 	@echo "make gpu-acceptance   the kernels on this machine's GPU: values, gradients, timings; without one it skips"
 
 $(VENV)/bin/python:
@@ -61,6 +63,7 @@ compare: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@$(BIN)/python benchmarks/compare.py --short
+	@$(BIN)/python benchmarks/limit.py --quick
 
 kernels: $(VENV)/.dev
 	@echo "== every kernel in every configuration compiled: gates, and the table in kernels/README.md"
@@ -72,9 +75,19 @@ kernels: $(VENV)/.dev
 	@echo "== planted faults, each of which a test must catch"
 	@OMP_NUM_THREADS=1 $(BIN)/python kernels/tests/mutation/mutate.py --workers 2
 
+fuzz: $(VENV)/.dev
+	@echo "== damaged inputs, into benchmarks/results/fuzz.csv"
+	@$(BIN)/python tests/fuzz/fuzz.py
+
+soak: $(VENV)/.dev
+	@echo "== runs that are killed and resumed, into benchmarks/results/soak.csv"
+	@$(BIN)/python benchmarks/soak.py
+
 gpu-acceptance: $(VENV)/.dev
 	@echo "== the kernels on a GPU against eager float64"
 	@KERNELS_ON=gpu $(BIN)/python -m pytest -q -rs --no-fold-skipped kernels/tests/gpu
+	@echo "== training on a GPU, with two of them NCCL and ZeRO 1-3 too"
+	@$(BIN)/python -m pytest -q -rs --no-fold-skipped tests/gpu
 	@echo "== timings, into benchmarks/results/kernels.csv"
 	@$(BIN)/python benchmarks/kernels.py gpu --plot --skip-without-gpu
 

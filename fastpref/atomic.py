@@ -80,12 +80,46 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
 
 def write_table(path: Path, table: pa.Table) -> dict[str, Any]:
     """Write a parquet file in one step."""
+    return write_bytes(path, table_bytes(table))
+
+
+def table_bytes(table: pa.Table) -> memoryview:
+    """A table as parquet, its pages with checksums."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return write_bytes(path, memoryview(sink.getvalue()))
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return memoryview(sink.getvalue())
+
+
+def write_sealed(path: Path, data: bytes | memoryview) -> None:
+    """Write ``data`` behind its sha256 (and the file's name's) in one step; :func:`read_sealed` gives it back."""
+    write_bytes(path, _seal(path, data) + bytes(data))
+
+
+def read_sealed(path: Path) -> bytes:
+    """What :func:`write_sealed` wrote; FileNotFoundError without a file.
+
+    Raises:
+        UserError: the file is damaged or cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError("cannot read the file", str(path), error.strerror or str(error)) from error
+    seal, data = content[:32], content[32:]
+    if _seal(path, data) != seal:
+        raise UserError("the file is damaged", str(path), "delete it and run the command again")
+    return data
+
+
+def _seal(path: Path, data: bytes | memoryview) -> bytes:
+    digest = hashlib.sha256(path.name.encode() + b"\0")
+    digest.update(data)
+    return digest.digest()
 
 
 def make_directory(path: Path) -> None:

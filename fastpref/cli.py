@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="recipe, e.g. configs/emoji_rpo.yaml")]
+RANK_LOST = 3  # exit code
 Device = Literal["auto", "cpu", "cuda"]
 ImageFormat = Literal["png", "jpeg"]
 Family = Literal["sdxl", "sd15"]
@@ -75,11 +80,16 @@ def train(
         raise UserError("no CONFIG given", "fastpref train", "name a recipe, e.g. configs/emoji_rpo.yaml")
     from fastpref.runs import run_training
     from fastpref.train.job import Stopped
+    from fastpref.train.world import RankLost
 
     try:
-        typer.echo(run_training(load_config(config, overrides), dry_run=dry_run))
+        if said := run_training(load_config(config, overrides), dry_run=dry_run):
+            typer.echo(said)
     except Stopped as stop:
         raise typer.Exit(stop.exit_code) from None
+    except RankLost as lost:
+        sys.stderr.write(f"error: {lost}\n")
+        os._exit(RANK_LOST)  # leaving in order would wait for the one that is lost
 
 
 @app.command()
@@ -246,13 +256,19 @@ def doctor() -> None:
 def main() -> None:
     """Run a command; a user's error is one line on stderr and exit code 2."""
     debug = "--debug" in sys.argv
-    arguments = [a for a in sys.argv[1:] if a != "--debug"] or ["--help"]
+    own = [
+        a for a in sys.argv[1:] if a != "--debug" and not a.startswith("--local_rank")
+    ]  # deepspeed's launcher adds it
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(own or ["--help"], standalone_mode=False)
     except UserError as error:
-        _fail(str(error), debug)
+        _fail(str(error), debug, quiet=_said_elsewhere(error))
     except typer.Abort:
         _fail("interrupted", debug)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        _fail(f"cannot write ({error.filename or 'output'}): {error.strerror}; make room, then run it again", debug)
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's usage errors, whichever click typer carries
             raise
@@ -260,11 +276,20 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(line: str, debug: bool) -> None:
+def _fail(line: str, debug: bool, quiet: bool = False) -> None:
     if debug:
         traceback.print_exc()
-    sys.stderr.write(f"error: {' '.join(line.split())}\n")
+    if quiet:
+        time.sleep(1)  # the launcher stops the rank that says it as soon as another one ends
+    else:
+        sys.stderr.write(f"error: {' '.join(line.split())}\n")
     sys.exit(2)
+
+
+def _said_elsewhere(error: UserError) -> bool:
+    """Whether another rank prints it: rank 0 what all raise; before they have met, the first one of each machine."""
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    return rank != "0" and (local_rank != "0" if error.shared is None else error.shared)
 
 
 def _print_keys() -> None:

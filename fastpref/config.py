@@ -7,6 +7,7 @@ these keys, and ``key=value`` on the command line overrides it.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from fastpref.errors import UserError
 
 Method = Literal["sft", "dpo", "rpo", "spm", "lrm", "spo", "lpo"]
 MAX_DEFAULT_GROUP = 64
+_SHORT = reprlib.Repr()  # a few aliases in YAML can stand for more text than fits in memory
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
 
 class Config(BaseModel):
@@ -48,7 +51,16 @@ class Config(BaseModel):
     # Batch
     batch_size: int = Field(16, ge=1, description="global batch, in pairs, over all micro-batches and ranks")
     micro_batch_size: int | None = Field(None, ge=1, description="pairs per forward; default: the whole batch")
-    engine: Literal["local", "deepspeed"] = Field("local", description="what runs backward and step")
+    engine: Literal["local", "deepspeed"] = Field(
+        "local", description="local: every rank holds all weights and states; deepspeed: they are split (ZeRO)"
+    )
+    zero_stage: Literal[1, 2, 3] | None = Field(
+        None, description="deepspeed: split optimizer states (1), gradients too (2), weights too (3); default 2"
+    )
+    deepspeed: str | None = Field(
+        None, description="DeepSpeed JSON for what the recipe does not say: offload, buckets, communication"
+    )
+    rank_timeout: float = Field(1800.0, gt=0, description="seconds a rank may keep the others waiting")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if present")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's choice")
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
@@ -129,7 +141,7 @@ class Config(BaseModel):
 
     # Trained weights and optimizer
     train: Literal["lora", "full"] = Field("lora", description="what is trained")
-    lora_rank: int = Field(8, ge=1, description="LoRA rank")
+    lora_rank: int = Field(8, ge=1, le=4096, description="LoRA rank")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA alpha; default: the rank")
     lora_targets: list[str] = Field(
         ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="module names that get a LoRA"
@@ -155,6 +167,7 @@ class Config(BaseModel):
     # Checkpoints and logs
     checkpoint_every: int = Field(500, ge=1, description="optimizer steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
+    export_checkpoints: bool = Field(False, description="with each checkpoint its weights, as at the end, in exports/")
     profile: bool = Field(False, description="trace a few steps: profile/ in the run directory, and a table")
     log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
     tracker: Literal["tensorboard", "wandb", "none"] = Field(
@@ -162,7 +175,9 @@ class Config(BaseModel):
     )
 
     # Prepare
-    resolution: int = Field(32, ge=8, multiple_of=8, description="pixels; with buckets the square root of the area")
+    resolution: int = Field(
+        32, ge=8, le=16384, multiple_of=8, description="pixels; with buckets the square root of the area"
+    )
     buckets: bool = Field(False, description="aspect-ratio buckets instead of one centre-cropped square")
     ties: Literal["drop", "half", "keep"] = Field(
         "drop", description="label 0.5: leave out; label of one half; or keep jpg_0 as winner with label 0.5 recorded"
@@ -255,7 +270,7 @@ def parse_config(settings: dict[str, Any], where: str = "config") -> Config:
             near = difflib.get_close_matches(str(key), Config.model_fields, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else "see 'fastpref train --keys' for the known ones"
             raise UserError(f"unknown key '{key}'", where, hint)
-    method, preset = str(settings.get("method")), str(settings.get("preset"))
+    method, preset = (value if isinstance(value := settings.get(key), str) else "" for key in ("method", "preset"))
     settings = {**METHOD_DEFAULTS.get(method, {}), **PRESETS.get((method, preset), {}), **settings}
     try:
         return Config.model_validate({k: _number(k, v) for k, v in settings.items()})
@@ -266,7 +281,8 @@ def parse_config(settings: dict[str, Any], where: str = "config") -> Config:
         if not key:
             raise UserError(message, where) from None
         field = Config.model_fields[str(first["loc"][0])]
-        raise UserError(f"{key} is {first['input']!r}: {message}", where, f"{key}: {field.description}") from None
+        shown = _SHORT.repr(first["input"])
+        raise UserError(f"{key} is {shown}: {message}", where, f"{key}: {field.description}") from None
 
 
 def save_config(config: Config, path: Path) -> None:

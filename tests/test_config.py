@@ -84,3 +84,9 @@ def test_a_file_that_is_no_mapping_is_one_line(tmp_path: Path, text: str) -> Non
     with pytest.raises(UserError) as error:
         load_config(recipe)
     assert "\n" not in str(error.value) and str(recipe) in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["x" * 256, "a/" + "é" * 200 + "/b", '"\\0"', '"\\ud800"', "ab/" * 2000])
+def test_what_no_file_can_be_called_is_no_path(value: str) -> None:
+    with pytest.raises(UserError, match="no file can be called"):
+        load_config("", [f"store={value}"])

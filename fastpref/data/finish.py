@@ -58,7 +58,7 @@ def _journal(
     rows: list[int] = []
     failed: dict[int, str] = {}
     for number, unit in enumerate(plan.units(kind, shard_size)):
-        entry = json.loads(workspace.journal(kind, number).read_text())
+        entry = workspace.read_journal(kind, number)
         rows += entry["rows"]
         failed |= {unit.start + int(item): reason for item, reason in entry["failed"].items()}
         files |= entry["files"]
@@ -118,7 +118,7 @@ def _captions(job: Job, plan: Plan, rows: np.ndarray) -> pa.Table:
 
 
 def _manifest(job: Job, plan: Plan, pairs: int, rejected: list[dict[str, Any]], files: dict[str, Any]) -> StoreManifest:
-    return StoreManifest(
+    made = StoreManifest(
         fingerprint=job.fingerprint,
         records=job.records,
         family=job.family,
@@ -145,3 +145,4 @@ def _manifest(job: Job, plan: Plan, pairs: int, rejected: list[dict[str, Any]], 
         reasons=dict(sorted(reasons(rejected).items())),
         files={name: StoredFile(**entry) for name, entry in sorted(files.items())},
     )
+    return made.model_copy(update={"sha256": made.digest()})

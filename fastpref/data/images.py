@@ -50,6 +50,8 @@ def probe(data: bytes, max_pixels: int) -> Size:
         ImageError: no picture in one of :data:`FORMATS`, cut short, or of more than ``max_pixels`` pixels.
     """
     with _open(data, max_pixels) as image:
+        if image.format == "PNG":
+            _verify(data)
         width, height = image.size
         sideways = _orientation(image) in _SIDEWAYS
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
@@ -109,6 +111,15 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     if image.width * image.height > max_pixels:
         raise ImageError("image has too many pixels", f"{image.width}x{image.height}, limit {max_pixels}")
     return image
+
+
+def _verify(data: bytes) -> None:
+    """Compare the checksums of a PNG's chunks, which decoding does not."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            image.verify()
+    except Exception as error:  # as in _open
+        raise ImageError("image cannot be decoded", f"{type(error).__name__}: {error}"[:200]) from error
 
 
 def _load(image: Image.Image) -> None:

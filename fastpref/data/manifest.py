@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fastpref.errors import UserError
 
 FORMAT = "fastpref-store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 PAIRS = "pairs.parquet"
 IMAGES = "images.parquet"
@@ -62,6 +64,12 @@ class StoreManifest(BaseModel):
     unlabelled: int
     reasons: dict[str, int]
     files: dict[str, StoredFile]
+    sha256: str = ""  # of all the rest
+
+    def digest(self) -> str:
+        """What ``sha256`` has to be."""
+        content = self.model_dump(mode="json", exclude={"sha256"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def total_bytes(self) -> int:
@@ -78,7 +86,7 @@ def read_manifest(path: Path) -> StoreManifest:
     """The manifest of a finished store.
 
     Raises:
-        UserError: no such directory, not a store, an unfinished one, or one of another format version.
+        UserError: no such directory, not a store, an unfinished or damaged one, or one of another format version.
     """
     file = path / MANIFEST
     if not path.is_dir():
@@ -99,4 +107,7 @@ def read_manifest(path: Path) -> StoreManifest:
     if manifest.format_version != FORMAT_VERSION:
         todo = f"this fastpref reads version {FORMAT_VERSION}: prepare the store again"
         raise UserError(f"the store has format version {manifest.format_version}", str(path), todo)
+    if manifest.sha256 != manifest.digest():
+        todo = "its sha256 differs: copy the store again or prepare it again with overwrite=true"
+        raise UserError("the manifest is damaged", str(file), todo)
     return manifest

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from fastpref.atomic import write_bytes, write_json, write_table
+from fastpref.atomic import write_bytes
 from fastpref.config import Config
 from fastpref.data import manifest
+from fastpref.data.checksums import with_checksums
 from fastpref.data.finish import finish, write_rejected
 from fastpref.data.images import own_pixel_limit
 from fastpref.data.job import Job, make_job
@@ -99,14 +99,13 @@ def _run(
 
 def _scan(job: Job, source: Source, workspace: Workspace, bars: Bars) -> list[pa.Table]:
     parts = segments(len(source))
-    todo = [(n, part) for n, part in workspace.ranks.share(parts) if not workspace.scan_file(n).is_file()]
+    todo = [(n, part) for n, part in workspace.ranks.share(parts) if not workspace.is_scanned(n)]
     advance = bars.add("records checked", sum(len(part) for _, part in todo), workspace.beat)
     for number, part in todo:
         table = scan_segment(source, part, drop_ties=job.ties == "drop", max_pixels=job.max_pixels, beat=advance)
-        write_table(workspace.scan_file(number), table)
-    files = [workspace.scan_file(number) for number in range(len(parts))]
-    workspace.wait_for(files)
-    return [pq.read_table(file) for file in files]
+        workspace.write_scan(number, table)
+    workspace.wait_for([workspace.scan_file(number) for number in range(len(parts))])
+    return [workspace.read_scan(number) for number in range(len(parts))]
 
 
 def _encode(job: Job, source: Source, plan: Plan, workspace: Workspace, device: torch.device, bars: Bars) -> None:
@@ -114,7 +113,7 @@ def _encode(job: Job, source: Source, plan: Plan, workspace: Workspace, device: 
     todo = {}
     for kind in ("text", "image"):
         shards = workspace.ranks.share(plan.units(kind, job.shard_size))
-        todo[kind] = [(n, unit) for n, unit in shards if not workspace.journal(kind, n).is_file()]
+        todo[kind] = [(n, unit) for n, unit in shards if not workspace.is_encoded(kind, n)]
     if not any(todo.values()):
         return
     from fastpref.data.encode import Encoders, encode_image_unit, encode_text_unit
@@ -141,9 +140,8 @@ def _write_unit(workspace: Workspace, kind: str, number: int, unit: Unit) -> Non
     for name, tensors in zip(names, (main, apart), strict=True):
         if tensors:
             shard = manifest.shard_name(name, number)
-            files[shard] = write_bytes(workspace.path / shard, save(tensors))
-    entry = {"files": files, "rows": unit.rows, "failed": {str(k): v for k, v in sorted(unit.failed.items())}}
-    write_json(workspace.journal(kind, number), entry)
+            files[shard] = write_bytes(workspace.path / shard, save(with_checksums(shard, tensors)))
+    workspace.write_journal(kind, number, files, unit.rows, unit.failed)
 
 
 def _journals(workspace: Workspace, plan: Plan, job: Job, kind: str) -> list[Path]:
@@ -153,7 +151,7 @@ def _journals(workspace: Workspace, plan: Plan, job: Job, kind: str) -> list[Pat
 def _up_to_date(path: Path, started: float) -> PrepareSummary:
     from fastpref.data.store import Store
 
-    found = Store.open(path).manifest
+    found = Store.open(path, verify=True).manifest
     return PrepareSummary.of_manifest(found, path, time.perf_counter() - started, up_to_date=True)
 
 

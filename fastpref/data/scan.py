@@ -100,4 +100,6 @@ def _scan_row(row: Row, drop_ties: bool, max_pixels: int) -> dict[str, Any]:
 
 
 def _left_out(record: Record | Unusable, status: int, reason: str, detail: str) -> dict[str, Any]:
-    return {"record": record.index, "status": status, "where": record.where, "reason": reason, "detail": detail}
+    texts = {"where": record.where, "reason": reason, "detail": detail}
+    readable = {name: text.encode("utf-8", "replace").decode() for name, text in texts.items()}
+    return {"record": record.index, "status": status, **readable}

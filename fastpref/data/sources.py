@@ -136,6 +136,10 @@ class ArrowPart(Part):
                 first, last = int(wanted[0] - start), int(wanted[-1] - start)
                 for at in range(first, last + 1, _ROWS_AT_ONCE):
                     piece = batch.slice(at, _ROWS_AT_ONCE).select(self._columns)
+                    try:
+                        piece.validate(full=True)  # offsets of a damaged file lead anywhere in memory
+                    except pa.ArrowException as error:
+                        raise UserError("the arrow file is damaged", str(self.path), str(error)) from error
                     yield from batch_rows(piece, int(start) + at, wanted, self.path)
 
 
@@ -145,6 +149,9 @@ def check_schema(schema: pa.Schema, path: Path) -> list[str]:
     if missing:
         found = ", ".join(schema.names[:12]) or "none"
         raise UserError(f"no column {', '.join(missing)}", str(path), f"Pick-a-Pic's schema is needed; found: {found}")
+    twice = [name for name in COLUMNS if schema.names.count(name) > 1]
+    if twice:
+        raise UserError(f"column {', '.join(twice)} is there twice", str(path), "Pick-a-Pic's schema is needed")
     for name in ("jpg_0", "jpg_1"):
         kind = schema.field(name).type
         nested = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
@@ -205,7 +212,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise UserError("cannot read the parquet file", str(path), str(error)) from error
 

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 
 from fastpref.data import manifest as files
+from fastpref.data.checksums import PREFIX, row_checksums
 from fastpref.data.manifest import StoreManifest, read_manifest, shard_name
 from fastpref.errors import UserError
 
@@ -67,7 +68,10 @@ class Gathered:
 
 
 class Store:
-    """Random access to prepared pairs. Opening reads the index only; shards are mapped when first used."""
+    """Random access to prepared pairs. Opening reads the index only; shards are mapped when first used.
+
+    Every row that is read is compared with its checksum.
+    """
 
     def __init__(self, path: Path, manifest: StoreManifest) -> None:
         self.path, self.manifest = path, manifest
@@ -84,7 +88,9 @@ class Store:
         captions = self._table(files.CAPTIONS)
         self._image_shard, self._image_row = _column(images, "shard"), _column(images, "row")
         self._caption_shard, self._caption_row = _column(captions, "shard"), _column(captions, "row")
-        self._time_ids = _time_ids(images, manifest) if manifest.family == "sdxl" else None
+        self._is_xl = manifest.family == "sdxl"
+        self._image_bucket = _column(images, "bucket")
+        self._sizes_and_crops = [_column(images, name) for name in ("height", "width", "crop_top", "crop_left")]
         self._captions = captions.column("caption")
 
     @classmethod
@@ -93,7 +99,8 @@ class Store:
 
         Args:
             path: its directory.
-            verify: also compare the sha256 of every file (reads the whole store); sizes are always compared.
+            verify: also compare the sha256 of every file (reads the whole store); otherwise sizes and the sha256 of
+                the index are compared.
 
         Raises:
             UserError: not a store, unfinished, another format version, or a file is missing or damaged.
@@ -114,12 +121,8 @@ class Store:
 
     def verify(self) -> None:
         """Compare the sha256 of every file; :class:`UserError` names the first that differs."""
-        for name, entry in self.manifest.files.items():
-            with (self.path / name).open("rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != entry.sha256:
-                    raise UserError(
-                        f"the store's file {name} is damaged", str(self.path), f"its sha256 differs: {_REMEDY}"
-                    )
+        for name in self.manifest.files:
+            self._verify_file(name)
 
     def check_model(self, model_fingerprint: str, family: str) -> None:
         """Raise :class:`UserError` if the store was made with another VAE, text encoder or family."""
@@ -142,14 +145,14 @@ class Store:
 
         Raises:
             ValueError: no or out-of-range indices, several buckets, or ``flip`` without stored flips.
-            UserError: a shard cannot be read.
+            UserError: a shard cannot be read or a row of it is damaged.
         """
         at = np.asarray(indices, dtype=np.int64).reshape(-1)
         mirrored = np.zeros(len(at), dtype=bool) if flip is None else np.asarray(flip, dtype=bool).reshape(-1)
         self._check(at, mirrored)
         bucket = int(self.bucket_ids[at[0]])
         image_w, image_l, caption = self._image_w[at], self._image_l[at], self._caption[at]
-        has_clip, is_xl = self.manifest.clip_fingerprint is not None, self._time_ids is not None
+        has_clip, is_xl = self.manifest.clip_fingerprint is not None, self._is_xl
         posterior = self.manifest.posterior
         return StoreBatch(
             latents_w=self._latents("latents", bucket, image_w, mirrored),
@@ -158,8 +161,8 @@ class Store:
             posterior_std_l=self._latents("posterior_std", bucket, image_l, mirrored) if posterior else None,
             prompt_embeds=self._text("text", "prompt_embeds", caption),
             pooled_prompt_embeds=self._text("text", "pooled_prompt_embeds", caption) if is_xl else None,
-            time_ids_w=None if self._time_ids is None else torch.from_numpy(self._time_ids[image_w]),
-            time_ids_l=None if self._time_ids is None else torch.from_numpy(self._time_ids[image_l]),
+            time_ids_w=self._time_ids(image_w) if is_xl else None,
+            time_ids_l=self._time_ids(image_l) if is_xl else None,
             clip_text=self._text("clip-text", "clip_text", caption) if has_clip else None,
             clip_image_w=self._images("clip-image", f"clip_image.{bucket}", image_w) if has_clip else None,
             clip_image_l=self._images("clip-image", f"clip_image.{bucket}", image_l) if has_clip else None,
@@ -186,7 +189,7 @@ class Store:
     def empty_prompt(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``prompt_embeds (1, L, D)`` and, for SDXL, ``pooled_prompt_embeds (1, P)`` of the empty prompt."""
         empty = np.zeros(1, dtype=np.int64)
-        pooled = None if self._time_ids is None else self._text("text", "pooled_prompt_embeds", empty)
+        pooled = self._text("text", "pooled_prompt_embeds", empty) if self._is_xl else None
         return self._text("text", "prompt_embeds", empty), pooled
 
     def clip_text_all(self) -> Gathered:
@@ -198,9 +201,9 @@ class Store:
         if self.manifest.clip_fingerprint is None:
             raise UserError("the store has no CLIP embeddings", str(self.path), "prepare it with clip=FOLDER")
         shards = range(int(self._caption_shard[-1]) + 1)
-        table = torch.cat([self._shard(shard_name("clip-text", n))["clip_text"] for n in shards]).numpy()
-        starts = np.cumsum([0, *(len(self._shard(shard_name("clip-text", n))["clip_text"]) for n in shards)])
-        return Gathered(table, (starts[self._caption_shard] + self._caption_row)[self._caption])
+        parts = [self._rows("clip-text", n, "clip_text") for n in shards]
+        starts = np.cumsum([0, *map(len, parts)])
+        return Gathered(torch.cat(parts).numpy(), (starts[self._caption_shard] + self._caption_row)[self._caption])
 
     def captions(self, indices: ArrayLike) -> list[str]:
         """The captions of the pairs at ``indices``."""
@@ -232,6 +235,11 @@ class Store:
         out[chosen], out[~chosen] = flipped, straight
         return out
 
+    def _time_ids(self, images: np.ndarray) -> torch.Tensor:
+        target = np.asarray(self.manifest.buckets, dtype=np.float32)[self._image_bucket[images]]
+        columns = [column[images] for column in self._sizes_and_crops]
+        return torch.from_numpy(np.stack([*columns, target[:, 1], target[:, 0]], axis=1).astype(np.float32))
+
     def _images(self, kind: str, name: str, images: np.ndarray) -> torch.Tensor:
         return self._gather(kind, name, self._image_shard[images], self._image_row[images])
 
@@ -242,23 +250,36 @@ class Store:
         numbers = np.unique(shards)
         positions = torch.from_numpy(rows.astype(np.int64))
         if len(numbers) == 1:
-            return self._tensor(kind, int(numbers[0]), name).index_select(0, positions)
+            return self._rows(kind, int(numbers[0]), name, positions)
         out: torch.Tensor | None = None
         for number in numbers.tolist():
-            tensor = self._tensor(kind, number, name)
-            if out is None:
-                out = tensor.new_empty((len(rows), *tensor.shape[1:]))
             where = torch.from_numpy(np.flatnonzero(shards == number))
-            out[where] = tensor.index_select(0, positions[where])
+            found = self._rows(kind, number, name, positions[where])
+            if out is None:
+                out = found.new_empty((len(rows), *found.shape[1:]))
+            out[where] = found
         assert out is not None
         return out
 
-    def _tensor(self, kind: str, number: int, name: str) -> torch.Tensor:
+    def _rows(self, kind: str, number: int, name: str, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """A copy of the rows at ``positions`` (all without) of a tensor, each as its checksum says."""
         shard = shard_name(kind, number)
+        tensors = self._shard(shard)
         try:
-            return self._shard(shard)[name]
-        except KeyError:
-            raise UserError(f"the store's file {shard} has no tensor {name}", str(self.path), _REMEDY) from None
+            places = torch.arange(len(tensors[name])) if positions is None else positions
+            rows, sums = (tensors[key].index_select(0, places) for key in (name, PREFIX + name))
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise UserError(f"the store's file {shard} lacks rows of {name}", str(self.path), _REMEDY) from error
+        if row_checksums(shard, name, rows).tolist() != sums.tolist():
+            todo = f"a row of {name} does not match its checksum: {_REMEDY}"
+            raise UserError(f"the store's file {shard} is damaged", str(self.path), todo)
+        return rows
+
+    def _verify_file(self, name: str) -> None:
+        with (self.path / name).open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != self.manifest.files[name].sha256:
+                todo = f"its sha256 differs: {_REMEDY}"
+                raise UserError(f"the store's file {name} is damaged", str(self.path), todo)
 
     def _shard(self, name: str) -> dict[str, torch.Tensor]:
         """Tensors of a shard, mapped and not read; the least recently used is unmapped first."""
@@ -277,16 +298,11 @@ class Store:
 
     def _table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         try:
+            self._verify_file(name)
             return pq.read_table(self.path / name, columns=columns)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"the store's file {name} cannot be read", str(self.path), f"{error}: {_REMEDY}") from error
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:
-    return table.column(name).to_numpy().copy()
-
-
-def _time_ids(images: pa.Table, manifest: StoreManifest) -> np.ndarray:
-    target = np.asarray(manifest.buckets, dtype=np.float32)[_column(images, "bucket")]
-    columns = [_column(images, name) for name in ("height", "width", "crop_top", "crop_left")]
-    return np.stack([*columns, target[:, 1], target[:, 0]], axis=1).astype(np.float32)
+    return table.column(name).to_numpy()

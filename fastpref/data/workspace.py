@@ -1,23 +1,36 @@
 """The directory of a store while it is made: who may write it, what is done already, and waiting for other ranks.
 
-``work/start.json`` names the job. A scan segment is ``work/scan-N.parquet``; a finished shard is in the journal as
-``work/KIND-N.json`` with the size and sha256 of its files. Each appears whole or not at all, so a killed run continues
-with the first one missing. ``manifest.json`` is written last and ``work/`` removed: only then is the directory a store.
+``work/start.json`` names the job. A scan segment is ``work/scan-N``; a finished shard is in the journal as
+``work/KIND-N`` with the size and sha256 of its files. Each is sealed and appears whole or not at all, so a killed run
+continues with the first one missing, and makes again what is damaged. ``manifest.json`` is written last and ``work/``
+removed: only then is the directory a store.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastpref.atomic import TEMPORARY, make_directory, remove_temporaries, write_json
+from fastpref.atomic import (
+    TEMPORARY,
+    make_directory,
+    read_sealed,
+    remove_temporaries,
+    table_bytes,
+    write_json,
+    write_sealed,
+)
 from fastpref.data import manifest
 from fastpref.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 STALL_SECONDS = 1800.0
 _POLL_SECONDS = 0.1
@@ -103,7 +116,7 @@ class Workspace:
             return
         if started == self._fingerprint:
             return
-        begun = any(self.work.glob("text-*.json")) or any(self.work.glob("image-*.json"))
+        begun = any(self.work.glob("text-*")) or any(self.work.glob("image-*"))
         if started != _CLEARING and begun and not overwrite:
             todo = "give another store, or overwrite=true to start again"
             raise UserError("an unfinished store of other records, model or settings is there", str(self.path), todo)
@@ -149,11 +162,44 @@ class Workspace:
 
     def scan_file(self, number: int) -> Path:
         """The table of a scan segment."""
-        return self.work / f"scan-{number:05d}.parquet"
+        return self.work / f"scan-{number:05d}"
+
+    def write_scan(self, number: int, table: pa.Table) -> None:
+        """Put down a scan segment."""
+        write_sealed(self.scan_file(number), table_bytes(table))
+
+    def read_scan(self, number: int) -> pa.Table:
+        """The scan segment that is there; :class:`UserError` if it is damaged."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        return pq.read_table(pa.BufferReader(read_sealed(self.scan_file(number))))
+
+    def is_scanned(self, number: int) -> bool:
+        """Whether the scan segment is there, undamaged."""
+        return _sealed(self.scan_file(number)) is not None
 
     def journal(self, kind: str, number: int) -> Path:
         """The journal entry of a finished 'text' or 'image' shard."""
-        return self.work / f"{kind}-{number:05d}.json"
+        return self.work / f"{kind}-{number:05d}"
+
+    def write_journal(
+        self, kind: str, number: int, files: dict[str, Any], rows: list[int], failed: dict[int, str]
+    ) -> None:
+        """Note that a shard is finished: its files, the row of each item (-1: failed), and why some failed."""
+        entry = {"files": files, "rows": rows, "failed": {str(k): v for k, v in sorted(failed.items())}}
+        write_sealed(self.journal(kind, number), json.dumps(entry).encode())
+
+    def read_journal(self, kind: str, number: int) -> dict[str, Any]:
+        """What :meth:`write_journal` noted; :class:`UserError` if it is damaged."""
+        return json.loads(read_sealed(self.journal(kind, number)))
+
+    def is_encoded(self, kind: str, number: int) -> bool:
+        """Whether the shard is finished and its files are as the journal says."""
+        noted = _sealed(self.journal(kind, number))
+        return noted is not None and all(
+            _sha256(self.path / name) == entry["sha256"] for name, entry in json.loads(noted)["files"].items()
+        )
 
     def beat(self) -> None:
         """Tell the other ranks that this one is alive."""
@@ -180,6 +226,23 @@ class Workspace:
                 raise UserError(
                     f"{len(missing)} parts of other ranks are missing, e.g. {missing[0].name}", str(self.path), todo
                 )
+
+
+def _sealed(path: Path) -> bytes | None:
+    """The content of a sealed file; None if there is none or it is damaged."""
+    try:
+        return read_sealed(path)
+    except (FileNotFoundError, UserError):
+        return None
+
+
+def _sha256(path: Path) -> str | None:
+    """None if the file cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def _read(path: Path) -> dict[str, Any]:

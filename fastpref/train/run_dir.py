@@ -10,15 +10,18 @@ from fastpref import atomic
 from fastpref.atomic import check_writable
 from fastpref.config import Config, load_config, save_config
 from fastpref.errors import UserError
+from fastpref.train.checkpoint import newest_step
 
 # Settings that may change between the parts of a resumed run without changing what is computed.
 # fmt: off
 FREE_ON_RESUME = frozenset([
     "name", "output_dir", "resume", "overwrite", "evaluate", "steps", "device", "threads", "micro_batch_size",
-    "accumulation", "checkpoint_every", "keep_checkpoints", "log_every", "tracker", "guidance_scale", "sample_steps",
+    "accumulation", "checkpoint_every", "keep_checkpoints", "export_checkpoints", "log_every", "tracker",
+    "guidance_scale", "sample_steps",
     "eval_records", "eval_prompts", "eval_seeds", "eval_batch_size", "records", "ties", "posterior", "buckets",
     "resolution", "clip", "max_reject_share", "shard_size", "prepare_batch_size", "max_image_pixels",
-    "vae_precision", "max_skipped_steps", "engine", "decode_batch_size", "rollout_batch_size", "eval_timesteps",
+    "vae_precision", "max_skipped_steps", "engine", "zero_stage", "deepspeed", "rank_timeout",
+    "decode_batch_size", "rollout_batch_size", "eval_timesteps",
     "eval_target_images", "eval_base_images", "eval_style", "eval_clip", "compile", "profile",
 ])
 # fmt: on
@@ -59,7 +62,7 @@ def check_run_dir(config: Config) -> bool:
     if not is_run:
         raise UserError("not a run directory: nothing to resume", str(run_dir), "choose another name")
     _check_same(config, run_dir)
-    newest = max((int(p.name.removeprefix("step-")) for p in (run_dir / "checkpoints").glob("step-*")), default=0)
+    newest = newest_step(run_dir / "checkpoints")
     if newest > config.steps:
         raise UserError(f"steps is {config.steps} but a checkpoint is at step {newest}", str(run_dir), "set more steps")
     return True

@@ -139,3 +139,15 @@ def test_a_pair_gets_the_bucket_between_its_pictures():
     sizes_l = np.asarray([(320, 80), (70, 70), (400, 100), (1, 4)])
     chosen = [buckets[i] for i in choose_buckets(buckets, sizes_w, sizes_l)]
     assert chosen == [wide, square, square, tall]
+
+
+def test_a_flipped_bit_of_a_png_is_found_by_its_checksums(picture):
+    data = bytearray(picture(1, (16, 16)))
+    start, found = data.index(b"IDAT") + 4, 0
+    for at in range(start, len(data) - 16):
+        damaged = data.copy()
+        damaged[at] ^= 1
+        with pytest.raises(ImageError, match="cannot be decoded"):
+            probe(bytes(damaged), 64_000_000)
+        found += 1
+    assert found > 100

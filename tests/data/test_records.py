@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fastpref.config import Config
+from fastpref.data.prepare import prepare
 from fastpref.data.records import Record, Unusable, check_row, open_records, read_captions, read_records
 from fastpref.data.sources import Row
 from fastpref.errors import UserError
@@ -245,3 +247,38 @@ def test_captions_are_distinct_ordered_and_limited(tmp_path, rows, parquet):
     for name in ("q.parquet", "none.txt"):
         with pytest.raises(UserError):
             read_captions(str(tmp_path / name))
+
+
+def test_offsets_of_a_damaged_arrow_file_are_not_followed(rows, tmp_path):
+    table = pa.Table.from_pylist(rows(3))
+    with pa.OSFile(str(tmp_path / "r.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    data, images = bytearray((tmp_path / "r.arrow").read_bytes()), [len(row["jpg_0"]) for row in rows(3)]
+    ends = np.cumsum(images).astype("<i4").tobytes()
+    at = data.index(ends)
+    data[at : at + 4] = np.int32(1 << 30).tobytes()
+    (tmp_path / "r.arrow").write_bytes(data)
+    with pytest.raises(UserError, match="arrow file is damaged"):
+        list(read_records(str(tmp_path / "r.arrow")))
+
+
+def test_a_column_that_is_there_twice_is_named(rows, tmp_path):
+    table = pa.Table.from_pylist(rows(2))
+    pq.write_table(table.append_column("jpg_1", table.column("jpg_1")), tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match="column jpg_1 is there twice"):
+        open_records(str(tmp_path / "twice.parquet"))
+
+
+def test_a_flipped_bit_of_a_parquet_file_with_checksums_is_found(rows, tmp_path):
+    pq.write_table(pa.Table.from_pylist(rows(3)), tmp_path / "r.parquet", compression="none", write_page_checksum=True)
+    data = (tmp_path / "r.parquet").read_bytes()
+    (tmp_path / "r.parquet").write_bytes(data.replace(b"a picture of number 1", b"a picture of number 9"))
+    with pytest.raises(UserError, match="damaged"):
+        list(read_records(str(tmp_path / "r.parquet")))
+
+
+def test_a_name_that_is_no_text_is_listed_all_the_same(rows, tmp_path):
+    (tmp_path / "r.csv").write_bytes(b"winner,loser,caption\na\xc0.png,b.png,x\n")
+    with pytest.raises(UserError, match="cannot be used, most often 'image file is missing'"):
+        prepare(Config(records=str(tmp_path / "r.csv"), store=str(tmp_path / "s")), progress=False)
+    assert "a?.png" in (tmp_path / "s" / "rejected.jsonl").read_text()

@@ -22,7 +22,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 from fastpref.config import load_config
-from fastpref.data import encode, prepare, scan
+from fastpref.data import encode, prepare, scan, workspace
 from fastpref.models import similarity
 from diffusers import AutoencoderKL
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -36,7 +36,8 @@ def child(store, rank, size, death):
         name, call = death.split(":")
         owner, attribute = {
             "scan": (prepare, "scan_segment"), "text": (encode.Encoders, "text"), "images": (encode.Encoders, "images"),
-            "shard": (prepare, "write_bytes"), "journal": (prepare, "write_json"), "index": (prepare, "finish"),
+            "shard": (prepare, "write_bytes"), "journal": (workspace.Workspace, "write_journal"),
+            "index": (prepare, "finish"),
         }[name]
         original, calls = getattr(owner, attribute), [0]
         def dying(*arguments, **keywords):
@@ -140,7 +141,7 @@ def test_a_rank_alone_gives_up_waiting(tmp_path, monkeypatch):
     monkeypatch.setattr(workspace, "STALL_SECONDS", 0.3)
     place = Workspace(tmp_path / "store", "abc", Ranks(0, 2))
     assert place.claim(False)
-    with pytest.raises(UserError, match=r"1 parts of other ranks are missing, e\.g\. scan-00001\.parquet"):
+    with pytest.raises(UserError, match=r"1 parts of other ranks are missing, e\.g\. scan-00001"):
         place.wait_for([place.scan_file(1)])
     with pytest.raises(UserError, match="rank 0 did not start"):
         Workspace(tmp_path / "store", "other", Ranks(1, 2)).claim(False)
@@ -158,3 +159,36 @@ def test_ranks_come_from_the_launchers_environment(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="RANK is 3 of WORLD_SIZE 2"):
         Ranks.from_env()
+
+
+@pytest.mark.parametrize(
+    "name", ["work/scan-00000", "work/text-00000", "work/image-00001", "latents-00000.safetensors"]
+)
+def test_what_was_damaged_meanwhile_is_made_again(recipe, rows, parquet, monkeypatch, tmp_path, name):
+    path = parquet(rows(9))
+    prepare(recipe(path, store=str(tmp_path / "whole")), progress=False)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("fastpref.data.prepare.finish", killed)
+        prepare(recipe(path), progress=False)
+    file = tmp_path / "store" / name
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 2
+    file.write_bytes(data)
+    prepare(recipe(path), progress=False)
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+
+
+def test_a_damaged_store_is_not_up_to_date(recipe, rows, parquet, tmp_path):
+    config = recipe(parquet(rows(4)))
+    prepare(config, progress=False)
+    assert prepare(config, progress=False).up_to_date
+    file = tmp_path / "store" / "latents-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="is damaged"):
+        prepare(config, progress=False)
+    prepare(config, progress=False, overwrite=True)
+    Store.open(tmp_path / "store", verify=True)

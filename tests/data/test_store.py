@@ -102,6 +102,65 @@ def test_a_flipped_bit_is_found_by_verify(copy):
         Store.open(copy, verify=True)
 
 
+ROWS = {
+    "latents": ("latents.0", "image"),
+    "clip-image": ("clip_image.0", "image"),
+    "text": ("prompt_embeds", "caption"),
+    "clip-text": ("clip_text", "caption"),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_flipped_bit_is_found_by_those_who_read_its_row(copy, kind):
+    (name, unit), store = ROWS[kind], Store.open(copy)
+    used = {"image": (store._image_w, store._image_l), "caption": (store._caption,)}[unit]
+    item = int(used[0][5])
+    file = copy / f"{kind}-{int(getattr(store, f'_{unit}_shard')[item]):05d}.safetensors"
+    row = load_file(file)[name][int(getattr(store, f"_{unit}_row")[item])].contiguous()
+    data = bytearray(file.read_bytes())
+    data[data.index(row.view(torch.uint8).numpy().tobytes()) + 5] ^= 16
+    file.write_bytes(data)
+    store, found = Store.open(copy), []
+    for index in range(40):
+        try:
+            store.batch([index])
+        except UserError as error:
+            assert f"{file.name} is damaged" in str(error) and "checksum" in str(error)
+            found.append(index)
+    assert found == [index for index in range(40) if item in [column[index] for column in used]]
+    if kind == "clip-text":
+        with pytest.raises(UserError, match="does not match its checksum"):
+            store.clip_text_all()
+
+
+def test_exchanged_shards_are_found(copy):
+    first, second = (copy / f"latents-{n:05d}.safetensors" for n in (0, 1))
+    ours, theirs = first.read_bytes(), second.read_bytes()
+    assert len(ours) == len(theirs)
+    first.write_bytes(theirs)
+    second.write_bytes(ours)
+    with pytest.raises(UserError, match=r"latents-00000\.safetensors is damaged"):
+        Store.open(copy).batch([0])
+
+
+@pytest.mark.parametrize("name", ["pairs.parquet", "images.parquet", "captions.parquet"])
+def test_a_flipped_bit_in_the_index_is_found_on_opening(copy, name):
+    file = copy / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        Store.open(copy)
+
+
+@pytest.mark.parametrize("change", [{"scaling_factor": 0.5}, {"buckets": [[16, 32]]}, {"pairs": 41}, {"sha256": ""}])
+def test_a_changed_value_of_the_manifest_is_damage(copy, change):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(UserError, match="the manifest is damaged"):
+        Store.open(copy)
+
+
 def test_a_shard_with_a_broken_header_is_named_when_used(copy):
     file = copy / "latents-00000.safetensors"
     data = bytearray(file.read_bytes())

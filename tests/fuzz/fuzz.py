@@ -31,17 +31,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[2]
 if __name__ == "__main__":
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    sys.path[0] = str(REPOSITORY / "tests")
-    sys.path.insert(1, str(REPOSITORY / "benchmarks"))
+    sys.path[0] = str(Path(__file__).parents[1])
+    sys.path.insert(1, str(Path(__file__).parents[2] / "benchmarks"))
 
-import torch  # noqa: E402
+import torch
 
-from fastpref.errors import UserError  # noqa: E402
-from fuzz.targets import TARGETS, Attempt, enter, leftovers, tree  # noqa: E402
-from fuzz.world import World  # noqa: E402
+from fastpref.errors import UserError
+from fuzz.targets import TARGETS, Attempt, enter, leftovers, tree
+from fuzz.world import World
 
 SECONDS = 60  # a case may take; the usual one takes a tenth of one
 CHUNK = 100  # cases of a worker

@@ -132,7 +132,7 @@ def store_content(path: Path) -> dict[tuple[bytes, bytes, str], dict[str, torch.
 
 @contextmanager
 def _interrupted(calls: int) -> Iterator[None]:
-    """``prepare`` ends by a Ctrl-C: in the encoder after so many batches of pictures, or before the index."""
+    """``prepare`` ends by a Ctrl-C: in the encoder after so many batches of pictures, at the latest by the index."""
     from fastpref.data import prepare as module
 
     images, finish, seen = encode.Encoders.images, module.finish, [0]

@@ -79,3 +79,19 @@ def test_a_file_without_its_checksum_is_damage(tmp_path: Path) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": {}}))
     with pytest.raises(DamagedCheckpoint, match=r"state\.safetensors"):
         load_checkpoint(path)
+
+
+def test_the_step_is_what_name_manifest_and_values_agree_on(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 10, some_tensors(10), {}, keep=3)
+    newest = save_checkpoint(tmp_path, 20, some_tensors(20), {}, keep=3)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    (newest / "manifest.json").write_text(json.dumps(manifest | {"step": 21}))
+    with pytest.raises(DamagedCheckpoint, match="step 21"):
+        load_checkpoint(newest)
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    load_checkpoint(newest)
+    with pytest.raises(DamagedCheckpoint, match="step 20"):
+        load_checkpoint(newest.rename(tmp_path / "step-000030"))
+    (tmp_path / "step-copy").mkdir()  # no checkpoint's name: never looked at
+    fault, intact = list(newest_intact(tmp_path))
+    assert isinstance(fault, tuple) and isinstance(intact, Checkpoint) and intact.step == 10

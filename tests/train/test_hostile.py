@@ -139,3 +139,36 @@ def test_evaluating_an_unfinished_run_draws_nothing(finished: Path) -> None:
     with pytest.raises(UserError, match="no trained weights"):
         evaluate(finished, None)
     assert not (finished / "samples").exists()
+
+
+def test_a_damaged_line_of_the_metrics_is_named_and_a_cut_one_dropped(sd15_config: Recipe, finished: Path) -> None:
+    path = finished / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines(keepends=True)
+    again = ("name=a", "method=dpo", "steps=3", "resume=auto", "checkpoint_every=1")
+    path.write_bytes(b"\x98" + first[1:] + second)
+    with pytest.raises(UserError, match="line 1 of the metrics is damaged"):
+        train(sd15_config(*again))
+    path.write_bytes(first + second + b'{"step": 3, "lo')
+    train(sd15_config(*again))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_folder_in_the_place_of_the_result_is_one_line(sd15_config: Recipe, finished: Path) -> None:
+    weights = finished / "pytorch_lora_weights.safetensors"
+    weights.unlink()
+    weights.mkdir()
+    with pytest.raises(UserError, match="cannot write the file"):
+        train(sd15_config("name=a", "method=dpo", "steps=2", "resume=auto", "checkpoint_every=1"))
+
+
+@pytest.mark.parametrize("method", ["dpo", "spm"])
+def test_a_dry_run_reads_the_whole_store(
+    sd15_config: Recipe, sd15_store: Path, clip: Path, tmp_path: Path, method: str
+) -> None:
+    store = shutil.copytree(sd15_store, tmp_path / "store")
+    config = sd15_config(f"store={store}", f"method={method}", f"clip={clip}", *["train=full"] * (method == "spm"))
+    assert run_training(config, dry_run=True).startswith("ok: ")
+    file = store / "latents-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"latents-00001\.safetensors is damaged"):
+        run_training(config, dry_run=True)
