@@ -118,9 +118,10 @@ def test_what_does_not_fit_gets_the_nearest_that_does(
 
 
 def test_rpo_in_micro_batches_goes_forward_twice(sdxl_config: MakeConfig) -> None:
+    """Reference, forward, and a backward that costs one more, for frozen weights get no gradient."""
     whole = make_plan(sdxl_config("method=rpo", "batch_size=4"), 1, "h100")
     parts = make_plan(sdxl_config("method=rpo", "batch_size=4", "micro_batch_size=2"), 1, "h100")
-    assert parts.flops / whole.flops == pytest.approx(5 / 4, abs=0.05)  # reference, forward, and a backward of two
+    assert parts.flops / whole.flops == pytest.approx(4 / 3, abs=0.02)
 
 
 def test_gradients_wait_beside_the_activations_of_later_micro_batches(sdxl_config: MakeConfig) -> None:
