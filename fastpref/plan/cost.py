@@ -45,13 +45,19 @@ def traffic_bytes(config: Config, count: StepCount, batch: Batch, stage: int, gp
         return round(batch.rounds * gradients + trained)
     with_reference = config.method != "sft" and config.reference != "ledger"
     passes = 2 + with_reference  # forward, backward, the reference's forward
-    passes += config.method == "rpo" and batch.rounds > 1  # rewards come first
+    passes += _rewards_first(config, batch)
     return round(batch.rounds * (gradients + passes * (count.frozen + count.trained) * part))
 
 
-def flops(count: StepCount, batch: Batch, gpus: int) -> int:
+def flops(config: Config, count: StepCount, batch: Batch, gpus: int) -> int:
     """Operations of a step over all ranks, a multiplication and an addition being two."""
-    return count.flops * batch.rounds * gpus
+    again = count.forward_flops if _rewards_first(config, batch) else 0
+    return (count.flops + again) * batch.rounds * gpus
+
+
+def _rewards_first(config: Config, batch: Batch) -> bool:
+    """Whether the policy's forward is done twice, first for the rewards that couple the pairs."""
+    return config.method == "rpo" and batch.rounds > 1
 
 
 def store_line(config: Config, values_per_picture: int, values_per_caption: int) -> str:

@@ -41,6 +41,7 @@ class StepCount:
     peak: int  # peak of what is no weight: gradients, activations and the work space of an update in the backward
     flops: int  # of the micro-batch, forward, recomputation and backward
     rollout_flops: int  # of one pool
+    forward_flops: int = 0  # of the policy's forward alone
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,12 @@ def count_step(config: Config, shapes: Shapes, pairs: int, *, several: bool = Fa
                 parameter.grad = torch.empty_like(parameter)
                 memory.set_aside(parameter.grad)
             with flops:
+                forward = 0
                 if objective is None:
                     _transitions(config, policy, shapes, pairs)
                 else:
                     rows = pairs * (2 if objective.uses_losers else 1)
-                    _offline(policy, shapes, rows, with_reference=needs_reference)
+                    forward = _offline(policy, shapes, rows, with_reference=needs_reference)
     parameters = list(policy.trainable.values())
     trained = sum(p.nbytes for p in parameters)
     return StepCount(
@@ -102,17 +104,20 @@ def count_step(config: Config, shapes: Shapes, pairs: int, *, several: bool = Fa
         peak=memory.peak,
         flops=flops.get_total_flops(),
         rollout_flops=rolled.get_total_flops(),
+        forward_flops=forward,
     )
 
 
-def _offline(policy: Policy, shapes: Shapes, rows: int, *, with_reference: bool) -> None:
-    """As :mod:`fastpref.train.offline` treats a micro-batch."""
+def _offline(policy: Policy, shapes: Shapes, rows: int, *, with_reference: bool) -> int:
+    """As :mod:`fastpref.train.offline` treats a micro-batch; the operations of the policy's forward."""
     noisy, timesteps, conditioning = shapes.inputs(policy, rows)
     target, error = torch.empty_like(noisy), None
     if with_reference:
         error = -implicit_reward(policy.predict_reference(noisy, timesteps, conditioning), target)
-    reward = implicit_reward(policy.predict(noisy, timesteps, conditioning), target, ref_error=error)
-    reward.sum().backward()
+    with flop_counter() as forward:
+        prediction = policy.predict(noisy, timesteps, conditioning)
+    implicit_reward(prediction, target, ref_error=error).sum().backward()
+    return forward.get_total_flops()
 
 
 def _transitions(config: Config, policy: Policy, shapes: Shapes, pairs: int) -> None:

@@ -84,7 +84,9 @@ def _plan(config: Config, gpus: int, device: str, shapes: Shapes, nearest: str) 
     traffic = [traffic_bytes(config, count, batch, stage, gpus) for stage in stages]
     values = shapes.latent[0] * shapes.latent[1] * shapes.latent[2]
     store = store_line(config, values, shapes.tokens * int(shapes.unet["cross_attention_dim"]))
-    return Plan(config, gpus, device, count, batch, memories, traffic, flops(count, batch, gpus), store, nearest)
+    return Plan(
+        config, gpus, device, count, batch, memories, traffic, flops(config, count, batch, gpus), store, nearest
+    )
 
 
 @cache

@@ -117,6 +117,12 @@ def test_what_does_not_fit_gets_the_nearest_that_does(
     assert make_plan(sdxl_config(*recipe, *changes.split()), int(gpus.split()[0]), "h100").nearest == ""
 
 
+def test_rpo_in_micro_batches_goes_forward_twice(sdxl_config: MakeConfig) -> None:
+    whole = make_plan(sdxl_config("method=rpo", "batch_size=4"), 1, "h100")
+    parts = make_plan(sdxl_config("method=rpo", "batch_size=4", "micro_batch_size=2"), 1, "h100")
+    assert parts.flops / whole.flops == pytest.approx(5 / 4, abs=0.05)  # reference, forward, and a backward of two
+
+
 def test_gradients_wait_beside_the_activations_of_later_micro_batches(sdxl_config: MakeConfig) -> None:
     config = sdxl_config("method=dpo", "train=full")
     unet = json.loads((Path(config.model) / "unet" / "config.json").read_text())
