@@ -174,15 +174,15 @@ def test_a_signal_leaves_a_checkpoint_and_its_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
 ) -> None:
-    config, plain = recipe("stopped", "checkpoint_every=1000"), OfflineTrainer.step
+    config, plain = recipe("stopped", "checkpoint_every=1000"), OfflineTrainer.launch
 
-    def signalled(self: OfflineTrainer, step: int) -> dict[str, Any]:
+    def signalled(self: OfflineTrainer, step: int) -> Any:
         if step == 2:
             os.kill(os.getpid(), number)
         return plain(self, step)
 
     with monkeypatch.context() as patched:
-        patched.setattr(OfflineTrainer, "step", signalled)
+        patched.setattr(OfflineTrainer, "launch", signalled)
         assert command(config, tmp_path, patched) == 128 + number
     assert checkpoint(config).step == 3, "the step is finished first"
     run_training(recipe("stopped", "checkpoint_every=1000"))
