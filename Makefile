@@ -63,6 +63,7 @@ compare: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@$(BIN)/python benchmarks/compare.py --short
+	@$(BIN)/python benchmarks/limit.py --quick
 
 kernels: $(VENV)/.dev
 	@echo "== every kernel in every configuration compiled: gates, and the table in kernels/README.md"
@@ -85,6 +86,8 @@ soak: $(VENV)/.dev
 gpu-acceptance: $(VENV)/.dev
 	@echo "== the kernels on a GPU against eager float64"
 	@KERNELS_ON=gpu $(BIN)/python -m pytest -q -rs --no-fold-skipped kernels/tests/gpu
+	@echo "== training on a GPU, with two of them NCCL and ZeRO 1-3 too"
+	@$(BIN)/python -m pytest -q -rs --no-fold-skipped tests/gpu
 	@echo "== timings, into benchmarks/results/kernels.csv"
 	@$(BIN)/python benchmarks/kernels.py gpu --plot --skip-without-gpu
 

@@ -25,22 +25,9 @@ import torch
 from common import RESULTS, ROOT, fill, markdown, provenance, read_csv, write_csv
 
 from fastpref.atomic import write_bytes, write_json, write_tensors
+from fastpref.plan import public
 
 OUT = RESULTS / "sdxl_full_size.csv"
-PARAMETERS = 2_567_463_684
-UNET: dict[str, Any] = {  # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0, where it is not the default
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "cross_attention_dim": 2048,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 SHARD_BYTES = 512 << 20
 COMMON = {
     **{"precision": "bf16", "gradient_checkpointing": True, "resolution": 512, "threads": 1, "seed": 1},
@@ -90,9 +77,9 @@ def make_model(folder: Path) -> Path:
     for name, kind, width in (("", CLIPTextModel, 768), ("_2", CLIPTextModelWithProjection, 1280)):
         kind(text_config(tokenizer, width, 2, 1280)).save_pretrained(folder / f"text_encoder{name}")
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**UNET)
-    if (count := sum(p.numel() for p in unet.parameters())) != PARAMETERS:
-        raise ValueError(f"the UNet has {count} parameters, SDXL's has {PARAMETERS}")
+        unet = UNet2DConditionModel(**public.SDXL)
+    if (count := sum(p.numel() for p in unet.parameters())) != public.PARAMETERS["sdxl"]:
+        raise ValueError(f"the UNet has {count} parameters, SDXL's has {public.PARAMETERS['sdxl']}")
     for file in (folder / "unet").glob("*.safetensors"):
         file.unlink()
     unet.save_config(folder / "unet")
@@ -109,7 +96,7 @@ def write_weights(unet: torch.nn.Module, folder: Path) -> None:
         tensors = {name: drawn(name, unet.get_parameter(name).shape, random) for name in names}
         write_tensors(folder / file, tensors, {"format": "pt"})
         where |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": 2 * PARAMETERS}, "weight_map": where}
+    index = {"metadata": {"total_size": 2 * public.PARAMETERS["sdxl"]}, "weight_map": where}
     write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
 
 
@@ -175,6 +162,21 @@ def train(run: str, folder: Path) -> None:
     print(run_training(parse_config(settings_of(run, folder))))
 
 
+def predict(run: str, folder: Path) -> int:
+    """Bytes that the plan gives the run on this machine, from a process of its own: its imports are part of them."""
+    command = [sys.executable, __file__, "--predict", run, "--folder", str(folder)]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return int(answer.stdout.split()[-1])
+
+
+def plan(run: str, folder: Path) -> None:
+    """What the process of a prediction does."""
+    from fastpref.config import parse_config
+    from fastpref.plan.report import make_plan
+
+    print(make_plan(parse_config(settings_of(run, folder)), 1, "cpu").best.total)
+
+
 def measure(run: str, folder: Path) -> dict[str, Any]:
     """Train in a process of its own; the row."""
     subprocess.run([sys.executable, __file__, "--train", run, "--folder", str(folder)], check=True)
@@ -200,14 +202,16 @@ def table(rows: list[dict[str, str]]) -> str:
     lines = []
     for row in rows:
         peak, limit = int(row["peak_rss_bytes"]) / GIB, LIMITS_GIB.get(row["run"])
+        planned = int(row["planned_bytes"]) / GIB
         lines.append(
             [
                 WHAT[row["run"]],
+                f"{planned:.1f} GiB ({planned / peak - 1:+.0%})",
                 f"{peak:.1f} GiB" + ("" if limit is None else f" (at most {limit:.0f})"),
                 f"{row['unet_forwards']} + {row['unet_recomputed']} again / {row['unet_backwards']}",
             ]
         )
-    return markdown(["run", "peak RSS", "UNet rows forward / backward"], lines)
+    return markdown(["run", "planned", "peak RSS", "UNet rows forward / backward"], lines)
 
 
 def main() -> None:
@@ -217,10 +221,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "sdxl_full_size")
     parser.add_argument("--report", action="store_true", help="tables from the CSV only")
     parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--replan", action="store_true", help="predict again, for all rows")
     parser.add_argument("--train", choices=RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--predict", choices=RUNS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:
         return train(options.train, options.folder)
+    if options.predict:
+        return plan(options.predict, options.folder)
     rows = {row["run"]: row for row in read_csv(OUT)}
     for run in [] if options.report else options.only.split(","):
         if run in rows and rows[run]["settings"] == json.dumps(RUNS[run], sort_keys=True):
@@ -228,11 +236,16 @@ def main() -> None:
         make_inputs(options.folder)
         rows[run] = measure(run, options.folder)
         write_csv(OUT, [rows[name] for name in RUNS if name in rows])
+    for run, row in rows.items():
+        if options.replan or not row.get("planned_bytes"):
+            make_inputs(options.folder)
+            row["planned_bytes"] = predict(run, options.folder)
+    write_csv(OUT, [rows[name] for name in RUNS if name in rows])
     text = table([row for row in read_csv(OUT)])
     write_bytes(OUT.with_suffix(".md"), f"{text}\n".encode())
     print(text)
     if options.readme:
-        fill(ROOT / "README.md", "table: python benchmarks/sdxl_full_size.py", text)
+        fill(ROOT / "README.md", "table: sdxl_full_size", text)
 
 
 if __name__ == "__main__":

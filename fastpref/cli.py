@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,8 +23,10 @@ app = typer.Typer(
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="recipe, e.g. configs/emoji_rpo.yaml")]
+RANK_LOST = 3  # exit code
 Device = Literal["auto", "cpu", "cuda"]
 ImageFormat = Literal["png", "jpeg"]
+Family = Literal["sdxl", "sd15"]
 Layout = Literal["pipeline", "diffusers", "kohya"]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings over the recipe's")]
 
@@ -76,11 +80,16 @@ def train(
         raise UserError("no CONFIG given", "fastpref train", "name a recipe, e.g. configs/emoji_rpo.yaml")
     from fastpref.runs import run_training
     from fastpref.train.job import Stopped
+    from fastpref.train.world import RankLost
 
     try:
-        typer.echo(run_training(load_config(config, overrides), dry_run=dry_run))
+        if said := run_training(load_config(config, overrides), dry_run=dry_run):
+            typer.echo(said)
     except Stopped as stop:
         raise typer.Exit(stop.exit_code) from None
+    except RankLost as lost:
+        sys.stderr.write(f"error: {lost}\n")
+        os._exit(RANK_LOST)  # leaving in order would wait for the one that is lost
 
 
 @app.command()
@@ -218,6 +227,23 @@ def export(
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="ranks, one a GPU")] = 1,
+    device: Annotated[str, typer.Option(help="h100, a100, rtx4090, …; cpu is this machine")] = "h100",
+    family: Annotated[Family | None, typer.Option(help="public base model, where the recipe's is not here")] = None,
+) -> None:
+    """Predict memory per GPU, traffic, work and disk of a recipe, and the nearest change that fits."""
+    from rich.console import Console
+
+    from fastpref.config import load_config
+    from fastpref.plan.report import make_plan, render
+
+    Console().print(render(make_plan(load_config(config, overrides), gpus, device, family)))
+
+
+@app.command()
 def doctor() -> None:
     """List what this machine offers: torch, GPUs, optional packages, disk and memory, and why what is missing is."""
     from rich.console import Console
@@ -230,11 +256,13 @@ def doctor() -> None:
 def main() -> None:
     """Run a command; a user's error is one line on stderr and exit code 2."""
     debug = "--debug" in sys.argv
-    arguments = [a for a in sys.argv[1:] if a != "--debug"] or ["--help"]
+    own = [
+        a for a in sys.argv[1:] if a != "--debug" and not a.startswith("--local_rank")
+    ]  # deepspeed's launcher adds it
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(own or ["--help"], standalone_mode=False)
     except UserError as error:
-        _fail(str(error), debug)
+        _fail(str(error), debug, quiet=_said_elsewhere(error))
     except typer.Abort:
         _fail("interrupted", debug)
     except OSError as error:
@@ -248,11 +276,20 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(line: str, debug: bool) -> None:
+def _fail(line: str, debug: bool, quiet: bool = False) -> None:
     if debug:
         traceback.print_exc()
-    sys.stderr.write(f"error: {' '.join(line.split())}\n")
+    if quiet:
+        time.sleep(1)  # the launcher stops the rank that says it as soon as another one ends
+    else:
+        sys.stderr.write(f"error: {' '.join(line.split())}\n")
     sys.exit(2)
+
+
+def _said_elsewhere(error: UserError) -> bool:
+    """Whether another rank prints it: rank 0 what all raise; before they have met, the first one of each machine."""
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    return rank != "0" and (local_rank != "0" if error.shared is None else error.shared)
 
 
 def _print_keys() -> None:

@@ -51,7 +51,16 @@ class Config(BaseModel):
     # Batch
     batch_size: int = Field(16, ge=1, description="global batch, in pairs, over all micro-batches and ranks")
     micro_batch_size: int | None = Field(None, ge=1, description="pairs per forward; default: the whole batch")
-    engine: Literal["local", "deepspeed"] = Field("local", description="what runs backward and step")
+    engine: Literal["local", "deepspeed"] = Field(
+        "local", description="local: every rank holds all weights and states; deepspeed: they are split (ZeRO)"
+    )
+    zero_stage: Literal[1, 2, 3] | None = Field(
+        None, description="deepspeed: split optimizer states (1), gradients too (2), weights too (3); default 2"
+    )
+    deepspeed: str | None = Field(
+        None, description="DeepSpeed JSON for what the recipe does not say: offload, buckets, communication"
+    )
+    rank_timeout: float = Field(1800.0, gt=0, description="seconds a rank may keep the others waiting")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if present")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's choice")
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
@@ -158,6 +167,7 @@ class Config(BaseModel):
     # Checkpoints and logs
     checkpoint_every: int = Field(500, ge=1, description="optimizer steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
+    export_checkpoints: bool = Field(False, description="with each checkpoint its weights, as at the end, in exports/")
     profile: bool = Field(False, description="trace a few steps: profile/ in the run directory, and a table")
     log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
     tracker: Literal["tensorboard", "wandb", "none"] = Field(
@@ -222,6 +232,12 @@ class Config(BaseModel):
         if self.group_size is not None:
             return self.group_size
         return min(self.batch_size, MAX_DEFAULT_GROUP) if self.method == "rpo" else 1
+
+    @property
+    def merges_rollout(self) -> bool:
+        """Whether the LoRA is part of the weights in the rollout."""
+        merged = self.precision in ("fp32", "fp64") if self.rollout_lora == "auto" else self.rollout_lora == "merged"
+        return merged and self.train == "lora"
 
     @property
     def run_dir(self) -> Path:

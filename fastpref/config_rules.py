@@ -62,25 +62,14 @@ def check_config(config: Config) -> None:
         raise ValueError(f"reference is ledger with method {config.method}: dpo and rpo have one")
     if config.preset == "reference" and config.method != "spo":
         raise ValueError(f"preset is reference with method {config.method}: there is one for spo only")
+    if config.engine == "deepspeed" and config.optimizer == "adafactor":
+        raise ValueError("optimizer is adafactor, which ZeRO's flat partitions change: use adamw, or engine=local")
+    if config.engine == "local" and (config.zero_stage or config.deepspeed):
+        raise ValueError("zero_stage or deepspeed is set with engine local: set engine=deepspeed")
     if config.method in SCORER_METHODS:
         _check_scorer_method(config)
     if config.method in STEPWISE_METHODS:
         _check_stepwise(config)
-
-
-def _check_names(config: Config) -> None:
-    """Texts name files or modules: none may be what no file can be called."""
-    for key, value in config:
-        if isinstance(value, str) and not _is_path(value):
-            raise ValueError(f"{key} is {value[:40]!r}, which no file can be called")
-
-
-def _is_path(value: str) -> bool:
-    try:
-        names = value.encode().split(b"/")
-    except UnicodeEncodeError:
-        return False
-    return b"\0" not in value.encode() and max(map(len, names)) <= 255 and len(value) <= 4000
 
 
 def _check_step_in_backward(config: Config) -> None:
@@ -99,6 +88,21 @@ def _check_step_in_backward(config: Config) -> None:
             )
 
 
+def _check_names(config: Config) -> None:
+    """Texts name files or modules: none may be what no file can be called."""
+    for key, value in config:
+        if isinstance(value, str) and not _is_path(value):
+            raise ValueError(f"{key} is {value[:40]!r}, which no file can be called")
+
+
+def _is_path(value: str) -> bool:
+    try:
+        names = value.encode().split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return b"\0" not in value.encode() and max(map(len, names)) <= 255 and len(value) <= 4000
+
+
 def _refuse(config: Config, keys: tuple[str, ...]) -> None:
     for key in keys:
         if getattr(config, key):
@@ -108,6 +112,8 @@ def _refuse(config: Config, keys: tuple[str, ...]) -> None:
 def _check_scorer_method(config: Config) -> None:
     if config.train != "full":
         raise ValueError(f"method {config.method} trains all weights of the preference model: set train=full")
+    if config.engine == "deepspeed":
+        raise ValueError(f"engine is deepspeed with method {config.method}: use local, several ranks share that too")
     _refuse(config, ("safeguard", "sft_weight", "caption_dropout"))
     if config.relabel is not None and config.label_noise:
         raise ValueError("label_noise is set with relabel, which passes over the records' labels: remove one")

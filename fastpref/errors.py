@@ -10,7 +10,12 @@ class UserError(Exception):
         what: what is wrong, e.g. ``"beta is -1.0, must be > 0"``.
         where: the file, key or record it was found in; empty if ``what`` says it.
         todo: what to do about it.
+
+    Attributes:
+        shared: every rank of the run raises it, so one line says it for all; None: before they have met.
     """
+
+    shared: bool | None = None
 
     def __init__(self, what: str, where: str = "", todo: str = "") -> None:
         self.what, self.where, self.todo = what, where, todo

@@ -26,3 +26,13 @@ def free_bytes(device: torch.device) -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) << 10
     return total_bytes(device)
+
+
+def resident_bytes() -> int:
+    """Bytes of RAM this process holds; where the system does not say, the most it ever held."""
+    file = Path("/proc/self/statm")
+    if file.is_file():
+        return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    from fastpref.train.telemetry import peak_rss_bytes
+
+    return peak_rss_bytes()

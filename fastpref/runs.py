@@ -10,6 +10,8 @@ from fastpref.errors import UserError
 
 if TYPE_CHECKING:
     from fastpref.config import Config
+    from fastpref.train.job import TrainJob
+    from fastpref.train.world import World
 
 
 def run_training(config: Config, *, dry_run: bool = False) -> str:
@@ -18,33 +20,67 @@ def run_training(config: Config, *, dry_run: bool = False) -> str:
     Raises:
         Stopped: a signal ended the training after a checkpoint (see :mod:`fastpref.train.job`).
     """
-    from fastpref.atomic import write_json
+    from fastpref.models.loading import resolve_device
+    from fastpref.train.world import close_world, open_world
+
+    world = open_world(config, resolve_device(config.device))
+    try:
+        with world.watching():
+            said = _run(config, world, dry_run=dry_run)
+    except UserError as error:
+        error.shared = bool(error.shared)
+        raise
+    close_world()
+    return said
+
+
+def _run(config: Config, world: World, *, dry_run: bool) -> str:
     from fastpref.train.job import TrainJob
     from fastpref.train.run_dir import check_run_dir, open_run_dir
 
-    resuming = check_run_dir(config)
-    earlier, evaluation = _earlier(config) if resuming else ({}, {})
-    job = TrainJob.open(config)
+    with world.together():
+        resuming = check_run_dir(config)
+        earlier, evaluation = _earlier(config) if resuming else ({}, {})
+    with world.together():
+        job = TrainJob.open(config, world=world)
     if dry_run:
         job.trainer.verify()
         subject = job.trainer.describe()
-        return f"ok: {config.method}, {subject}, {config.steps} steps of {config.batch_size} pairs"
-    run_dir = open_run_dir(config, resuming)
-    if config.evaluate and "before" not in evaluation:
-        evaluation["before"] = evaluate_tag(config, run_dir, "before")
-        write_json(run_dir / "evaluation.json", evaluation)
-    summary = job.run(run_dir)
+        said = f"ok: {config.method}, {subject}, {config.steps} steps of {config.batch_size} pairs"
+        return said if world.is_main else ""
+    with world.alone():
+        if world.is_main:
+            open_run_dir(config, resuming)
+            if config.evaluate and "before" not in evaluation:
+                _evaluate(config, evaluation, "before")
+    summary = job.run(config.run_dir)
     job.seconds_before = max(job.seconds_before, earlier.get("seconds_total") or 0.0)
+    with world.alone():
+        return _finish(config, job, summary, evaluation, earlier) if world.is_main else ""
+
+
+def _finish(
+    config: Config, job: TrainJob, summary: dict[str, Any], evaluation: dict[str, Any], earlier: dict[str, Any]
+) -> str:
+    """What one rank does after the training: measure, sum up, report."""
+    from fastpref.atomic import write_json
+
     if config.evaluate and ("after" not in evaluation or earlier.get("steps") != config.steps):
-        evaluation["after"] = evaluate_tag(config, run_dir, "after")
-        write_json(run_dir / "evaluation.json", evaluation)
+        _evaluate(config, evaluation, "after")
     summary = {**summary, "seconds_total": job.seconds_total(), "evaluation": evaluation or None}
-    write_json(run_dir / "summary.json", summary)
+    write_json(config.run_dir / "summary.json", summary)
     if config.evaluate:
         from fastpref.evaluate.report import write_report
 
-        write_report(run_dir)
-    return _closing_line(run_dir, summary)
+        write_report(config.run_dir)
+    return _closing_line(config.run_dir, summary)
+
+
+def _evaluate(config: Config, evaluation: dict[str, Any], tag: str) -> None:
+    from fastpref.atomic import write_json
+
+    evaluation[tag] = evaluate_tag(config, config.run_dir, tag)
+    write_json(config.run_dir / "evaluation.json", evaluation)
 
 
 def _earlier(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -45,8 +45,10 @@ class Facts:
     caption_dropout: float
     label_noise: float
     precision: str
-    micro_batch_size: int | None  # in half precision, where rounding cancels only in forwards of training's shape
-    compile: bool | None  # likewise
+    micro_batch_size: int | None = None  # these in half precision only, where rounding has to be that of training
+    attention: str | None = None
+    fused_ops: bool | None = None
+    compile: bool | None = None
     format_version: int = FORMAT_VERSION
 
     @property

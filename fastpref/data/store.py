@@ -88,7 +88,9 @@ class Store:
         captions = self._table(files.CAPTIONS)
         self._image_shard, self._image_row = _column(images, "shard"), _column(images, "row")
         self._caption_shard, self._caption_row = _column(captions, "shard"), _column(captions, "row")
-        self._time_ids = _time_ids(images, manifest) if manifest.family == "sdxl" else None
+        self._is_xl = manifest.family == "sdxl"
+        self._image_bucket = _column(images, "bucket")
+        self._sizes_and_crops = [_column(images, name) for name in ("height", "width", "crop_top", "crop_left")]
         self._captions = captions.column("caption")
 
     @classmethod
@@ -150,7 +152,7 @@ class Store:
         self._check(at, mirrored)
         bucket = int(self.bucket_ids[at[0]])
         image_w, image_l, caption = self._image_w[at], self._image_l[at], self._caption[at]
-        has_clip, is_xl = self.manifest.clip_fingerprint is not None, self._time_ids is not None
+        has_clip, is_xl = self.manifest.clip_fingerprint is not None, self._is_xl
         posterior = self.manifest.posterior
         return StoreBatch(
             latents_w=self._latents("latents", bucket, image_w, mirrored),
@@ -159,8 +161,8 @@ class Store:
             posterior_std_l=self._latents("posterior_std", bucket, image_l, mirrored) if posterior else None,
             prompt_embeds=self._text("text", "prompt_embeds", caption),
             pooled_prompt_embeds=self._text("text", "pooled_prompt_embeds", caption) if is_xl else None,
-            time_ids_w=None if self._time_ids is None else torch.from_numpy(self._time_ids[image_w]),
-            time_ids_l=None if self._time_ids is None else torch.from_numpy(self._time_ids[image_l]),
+            time_ids_w=self._time_ids(image_w) if is_xl else None,
+            time_ids_l=self._time_ids(image_l) if is_xl else None,
             clip_text=self._text("clip-text", "clip_text", caption) if has_clip else None,
             clip_image_w=self._images("clip-image", f"clip_image.{bucket}", image_w) if has_clip else None,
             clip_image_l=self._images("clip-image", f"clip_image.{bucket}", image_l) if has_clip else None,
@@ -187,7 +189,7 @@ class Store:
     def empty_prompt(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``prompt_embeds (1, L, D)`` and, for SDXL, ``pooled_prompt_embeds (1, P)`` of the empty prompt."""
         empty = np.zeros(1, dtype=np.int64)
-        pooled = None if self._time_ids is None else self._text("text", "pooled_prompt_embeds", empty)
+        pooled = self._text("text", "pooled_prompt_embeds", empty) if self._is_xl else None
         return self._text("text", "prompt_embeds", empty), pooled
 
     def clip_text_all(self) -> Gathered:
@@ -232,6 +234,11 @@ class Store:
         chosen = torch.from_numpy(mirrored)
         out[chosen], out[~chosen] = flipped, straight
         return out
+
+    def _time_ids(self, images: np.ndarray) -> torch.Tensor:
+        target = np.asarray(self.manifest.buckets, dtype=np.float32)[self._image_bucket[images]]
+        columns = [column[images] for column in self._sizes_and_crops]
+        return torch.from_numpy(np.stack([*columns, target[:, 1], target[:, 0]], axis=1).astype(np.float32))
 
     def _images(self, kind: str, name: str, images: np.ndarray) -> torch.Tensor:
         return self._gather(kind, name, self._image_shard[images], self._image_row[images])
@@ -298,10 +305,4 @@ class Store:
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:
-    return table.column(name).to_numpy().copy()
-
-
-def _time_ids(images: pa.Table, manifest: StoreManifest) -> np.ndarray:
-    target = np.asarray(manifest.buckets, dtype=np.float32)[_column(images, "bucket")]
-    columns = [_column(images, name) for name in ("height", "width", "crop_top", "crop_left")]
-    return np.stack([*columns, target[:, 1], target[:, 0]], axis=1).astype(np.float32)
+    return table.column(name).to_numpy()

@@ -16,6 +16,7 @@ from fastpref.errors import UserError
 from fastpref.models.attention import set_attention
 from fastpref.models.compiled import compile_blocks
 from fastpref.models.loading import DTYPES, load_unet
+from fastpref.models.shared_prompt import share_prompts
 from fastpref_kernels import patch_unet
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ class Policy:
         """Inside, the LoRA is part of the weights: no low-rank products; afterwards the weights are as before, bit for
         bit. In half precision the sum is rounded. The targeted layers' weights are held twice meanwhile."""
         return _Merged(self)
+
+    def share_prompts(self) -> None:
+        """Every forward from now on is of pairs, [winners; losers], whose prompts are computed on once."""
+        for unet in {self.unet, self.reference_unet} - {None}:
+            share_prompts(unet)
 
     def count_backward(self, rows: int) -> None:
         """Book a backward through ``rows`` rows; with checkpointing the forward inside it was run again."""
@@ -151,15 +157,24 @@ def load_policy(config: Config, model_dir: Path, device: torch.device, *, needs_
 
     Frozen weights are in ``config.precision``; trained ones in fp32 (fp64 for fp64, bf16 for ``pure_bf16``).
     """
-    master = torch.float64 if config.precision == "fp64" else torch.float32
-    master = torch.bfloat16 if config.pure_bf16 else master
-    frozen = DTYPES[config.precision] if config.train == "lora" else master
-    unet = load_unet(model_dir, frozen, config.unet)
+    frozen = DTYPES[config.precision] if config.train == "lora" else master_dtype(config)
+    return make_policy(load_unet(model_dir, frozen, config.unet), config, device, needs_reference=needs_reference)
+
+
+def master_dtype(config: Config) -> torch.dtype:
+    """Of the trained weights."""
+    if config.precision == "fp64":
+        return torch.float64
+    return torch.bfloat16 if config.pure_bf16 else torch.float32
+
+
+def make_policy(unet: Any, config: Config, device: torch.device, *, needs_reference: bool) -> Policy:
+    """:func:`load_policy` of a UNet that is already there."""
     unet.requires_grad_(False)
     set_attention(unet, config.attention, device, DTYPES[config.precision])
     reference = None
     if config.train == "lora":
-        _add_lora(unet, config, master)
+        _add_lora(unet, config, master_dtype(config))
     else:
         if needs_reference:
             reference = copy.deepcopy(unet).to(device, DTYPES[config.precision]).eval()
@@ -167,14 +182,8 @@ def load_policy(config: Config, model_dir: Path, device: torch.device, *, needs_
     unet.to(device)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if config.fused_ops:
-        patch_unet(unet)
-        if reference is not None:
-            patch_unet(reference)
-    if config.compile:
-        for model in (unet, reference):
-            if model is not None:
-                compile_blocks(model)
+    for model in (unet, *([] if reference is None else [reference])):
+        _speed_up(model, config)
     unet.eval()  # a dropout mask would make the rewards of the first pass other than those of the second
     return Policy(unet, config, device, reference)
 
@@ -184,9 +193,16 @@ def load_reference(config: Config, model_dir: Path, device: torch.device) -> Pol
     if config.init_lora is not None:
         return load_policy(config.model_copy(update={"reference": "adapter"}), model_dir, device, needs_reference=True)
     unet = load_unet(model_dir, DTYPES[config.precision], config.unet).requires_grad_(False).to(device).eval()
+    set_attention(unet, config.attention, device, DTYPES[config.precision])
+    _speed_up(unet, config)
+    return Policy(unet, config, device, reference=unet)
+
+
+def _speed_up(unet: Any, config: Config) -> None:
+    if config.fused_ops:
+        patch_unet(unet)
     if config.compile:
         compile_blocks(unet)
-    return Policy(unet, config, device, reference=unet)
 
 
 def _add_lora(unet: Any, config: Config, dtype: torch.dtype) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
 
 @dataclass
@@ -19,3 +20,8 @@ class Work:
     vae_decodes: int = 0
     text_forwards: int = 0
     scorer_forwards: int = 0
+
+    @classmethod
+    def sum(cls, parts: Sequence[Work]) -> Work:
+        """What several processes did."""
+        return cls(*(sum(counts) for counts in zip(*map(astuple, parts), strict=True)))

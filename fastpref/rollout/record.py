@@ -18,9 +18,11 @@ class RoundRecord:
     """Appends to ``run_dir/rollouts.jsonl``; of two lines about one round the later one counts.
 
     The pools of the first prompt of the first and of the newest round are in ``run_dir/pools/round-NNNNN.safetensors``.
+    Of several ranks one ``writes``; all know the line.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, writes: bool = True) -> None:
+        self.writes = writes
         self.lines, self.pools = run_dir / "rollouts.jsonl", run_dir / "pools"
         self.line = _newest(self.lines)
 
@@ -46,6 +48,8 @@ class RoundRecord:
         head = {"round": number, "step": step, "prompts": prompts, "transitions": transitions}
         figures = round_figures(sampler, theta, selections)
         self.line = {**head, **figures, **cost, "seconds_training": None}
+        if not self.writes:
+            return self.line
         self._append()
         tensors = {"latents": sample.latents, "scores": sample.scores, "chosen": sample.chosen}
         about = {"prompt": sample.prompt, "timesteps": json.dumps(sampler.score_timesteps), "method": method}
@@ -58,7 +62,8 @@ class RoundRecord:
     def close_round(self, seconds_training: float) -> None:
         """Write the round's line again, with what its training took."""
         self.line = {**self.line, "seconds_training": seconds_training}
-        self._append()
+        if self.writes:
+            self._append()
 
     def _append(self) -> None:
         with self.lines.open("a") as stream:

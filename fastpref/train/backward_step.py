@@ -13,21 +13,27 @@ For full fine-tuning in one process and one forward per step. What this changes:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
 from fastpref.config import Config
-from fastpref.train.engine import LocalEngine, Trainable
+from fastpref.errors import UserError
+from fastpref.train.engine import LocalEngine, State, Trainable
+from fastpref.train.world import World
 from fastpref_kernels import derive_keys
 
 
 class BackwardEngine(LocalEngine):
     """One process, one device, every parameter updated as soon as its gradient is whole."""
 
-    def __init__(self, model: Trainable, config: Config) -> None:
-        super().__init__(model, config)
+    def __init__(self, model: Trainable, config: Config, world: World | None = None) -> None:
+        super().__init__(model, config, world)
+        if self.world.size > 1:
+            what = f"step_in_backward is for one process, and here are {self.world.size} ranks"
+            raise UserError(what, "step_in_backward", "use engine=deepspeed without it, or start one process")
         (whole,) = self.optimizer.param_groups
         self._groups: list[dict[str, Any]] = [{**whole, "params": [p]} for p in self.parameters]
         self.seed, self.pure_bf16 = config.seed, config.pure_bf16
@@ -50,13 +56,13 @@ class BackwardEngine(LocalEngine):
     def launch(self, learning_rate: float, loss: torch.Tensor) -> torch.Tensor:
         if self.ema:
             self._update_ema(torch.ones((), dtype=torch.bool, device=self.ema[0].device))
-        return torch.tensor(math.sqrt(self._squares) if self._whole else math.nan)
+        return torch.tensor(math.sqrt(self._squares) if self._whole else math.nan, dtype=torch.float64)
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def state(self) -> tuple[State, dict[str, Any]]:
         tensors, values = super().state()
         return tensors, values | {"skipped_tensors": self.skipped_tensors}
 
-    def load_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+    def load_state(self, tensors: Mapping[str, torch.Tensor], values: dict[str, Any]) -> None:
         super().load_state(tensors, values)
         self.skipped_tensors = values["skipped_tensors"]
 

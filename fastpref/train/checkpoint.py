@@ -1,39 +1,46 @@
 """Checkpoints that are either whole or not there, and are checked before they are believed.
 
-``checkpoints/step-NNNNNN/`` holds ``state.safetensors``, ``state.json`` and ``manifest.json`` with the sha256 of both.
-It is written under another name, synced and renamed, so a kill at any moment leaves the one before it in place.
+``checkpoints/step-NNNNNN/`` holds ``state.json``, ``state.safetensors`` (of several ranks ``state.rankN.safetensors``
+each) and ``manifest.json`` with the sha256 of all. It is written under another name, synced and renamed by rank 0 when
+every rank has written, so a kill at any moment leaves the one before it in place. A rank saves whole tensors or pieces
+of them; on loading they are joined, so the number of ranks may be another one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from fastpref.atomic import write_tensors
 from fastpref.errors import UserError
+from fastpref.train.engine import Piece, State
+from fastpref.train.world import World
 
 FORMAT = 1
-_FILES = ("state.safetensors", "state.json")
+_VALUES = "state.json"
+_AT = "@"  # between the name of a tensor and the first element of a piece
 _NAME = re.compile(r"step-(\d{6,18})")
 
 
 @dataclass
 class Checkpoint:
-    """What was saved after ``step`` optimizer steps."""
+    """What was saved after ``step`` optimizer steps; a tensor is read when it is asked for."""
 
     path: Path
     step: int
-    tensors: dict[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]
     values: dict[str, Any]
 
 
@@ -42,53 +49,85 @@ class DamagedCheckpoint(Exception):
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: dict[str, torch.Tensor], values: dict[str, Any], keep: int
+    folder: Path, step: int, tensors: State, values: dict[str, Any], keep: int, world: World | None = None
 ) -> Path:
-    """Write ``folder/step-NNNNNN`` atomically and drop all but the ``keep`` newest.
+    """Write ``folder/step-NNNNNN`` atomically and drop all but the ``keep`` newest. Every rank has to come here.
+
+    Args:
+        tensors: this rank's part. values: rank 0's count.
 
     Raises:
-        UserError: the disk is full or cannot be written; what was there before stays.
+        UserError: a rank cannot write; the checkpoints that were there stay, and every rank raises it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    world = world or World()
     final, draft = folder / f"step-{step:06d}", folder / f".step-{step:06d}.tmp"
-    shutil.rmtree(draft, ignore_errors=True)
     try:
-        draft.mkdir()
-        write_tensors(draft / "state.safetensors", tensors)
-        (draft / "state.json").write_text(json.dumps({"step": step, **values}))
-        hashes = {name: _sha256(draft / name) for name in _FILES}
-        (draft / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "sha256": hashes}))
-        for file in (*draft.iterdir(), draft):
-            _sync(file)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(draft, final)
-        _sync(folder)
-    except (OSError, UserError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        todo = f"{error}; the checkpoint before it is intact: make room, then go on with resume=auto"
-        raise UserError("cannot write the checkpoint", str(final), todo) from error
-    for old in checkpoint_folders(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        with world.together(), _disk(draft):
+            if world.is_main:
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir(parents=True)
+        with world.together(), _disk(draft):
+            digest = _write(draft / _shard(world.rank, world.size), tensors)
+        hashes = world.objects(digest)
+        with world.together(), _disk(draft):
+            if world.is_main:
+                _commit(draft, final, {_shard(rank, world.size): digest for rank, digest in enumerate(hashes)}, values)
+                for old in checkpoint_folders(folder)[keep:]:
+                    shutil.rmtree(old, ignore_errors=True)
+    except UserError:
+        if world.is_main:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
     return final
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint.
+def _write(path: Path, tensors: State) -> str:
+    """One rank's shard; its checksum."""
+    plain, shapes = {}, {}
+    for name, value in tensors.items():
+        if isinstance(value, Piece):
+            plain[f"{name}{_AT}{value.start}"], shapes[name] = value.tensor, list(value.shape)
+        else:
+            plain[name] = value
+    write_tensors(path, plain, {"shapes": json.dumps(shapes)} if shapes else None)
+    return _sha256(path)
+
+
+def _commit(draft: Path, final: Path, hashes: dict[str, str], values: dict[str, Any]) -> None:
+    for name in hashes:
+        if not (draft / name).is_file():
+            raise UserError(f"{name} is not there", str(draft), "every rank needs the same output_dir: share it")
+    step = int(final.name.removeprefix("step-"))
+    (draft / _VALUES).write_text(json.dumps({"step": step, **values}))
+    hashes = {**hashes, _VALUES: _sha256(draft / _VALUES)}
+    manifest = {"format": FORMAT, "step": step, "ranks": len(hashes) - 1, "sha256": hashes}
+    (draft / "manifest.json").write_text(json.dumps(manifest))
+    for file in (*draft.iterdir(), draft):
+        _sync(file)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(draft, final)
+    _sync(final.parent)
+
+
+def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
+    """Open and verify one checkpoint; one rank's verdict is enough for all.
 
     Raises:
-        DamagedCheckpoint: a file is missing, cut short or altered.
+        DamagedCheckpoint: a file is missing, cut short or altered, or ranks' pieces do not make up a tensor.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name in _FILES:
+        ranks = int(manifest.get("ranks", 1))
+        shards = [_shard(rank, ranks) for rank in range(ranks)]
+        for name in [*shards, _VALUES] if verify else []:
             if _sha256(path / name) != manifest["sha256"][name]:
                 raise DamagedCheckpoint(f"{name} does not match its checksum")
-        values = json.loads((path / "state.json").read_text())
+        values = json.loads((path / _VALUES).read_text())
         if not manifest["step"] == values["step"] == _step(path):
-            raise DamagedCheckpoint(f"manifest.json says step {manifest['step']}, state.json {values['step']}")
-        return Checkpoint(path, int(manifest["step"]), load_file(path / "state.safetensors"), values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedCheckpoint(f"manifest.json says step {manifest['step']}, {_VALUES} {values['step']}")
+        return Checkpoint(path, int(manifest["step"]), _Joined([path / name for name in shards]), values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedCheckpoint(" ".join(str(error).split())) from error
 
 
@@ -129,3 +168,45 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _shard(rank: int, ranks: int) -> str:
+    return "state.safetensors" if ranks == 1 else f"state.rank{rank}.safetensors"
+
+
+@contextmanager
+def _disk(where: Path) -> Iterator[None]:
+    """What the disk refuses is told in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError("cannot write the checkpoint", str(where), error.strerror or str(error)) from error
+
+
+class _Joined(Mapping[str, torch.Tensor]):
+    """The ranks' tensors by name, read from disk one at a time."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._places: dict[str, list[tuple[int, Any, str]]] = {}
+        self._shapes: dict[str, list[int]] = {}
+        for file in files:
+            opened = safe_open(file, framework="pt")
+            shapes = json.loads((opened.metadata() or {}).get("shapes", "{}"))
+            self._shapes |= shapes
+            for key in opened.keys():  # noqa: SIM118 - it is no mapping
+                name, _, start = key.rpartition(_AT) if key.rpartition(_AT)[0] in shapes else (key, "", "0")
+                self._places.setdefault(name, []).append((int(start), opened, key))
+        for name, shape in self._shapes.items():
+            held = sum(opened.get_slice(key).get_shape()[0] for _, opened, key in self._places[name])
+            if held != math.prod(shape):
+                raise DamagedCheckpoint(f"{name}: {held} of {math.prod(shape)} elements are there")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        parts = [opened.get_tensor(key) for _, opened, key in sorted(self._places[name], key=lambda part: part[0])]
+        return torch.cat(parts).view(self._shapes[name]) if name in self._shapes else parts[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)

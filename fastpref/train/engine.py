@@ -1,14 +1,20 @@
-"""What runs the backward and the step. One small interface; this process alone implements it trivially."""
+"""What runs the backward and the step. One small interface and its plain implementation: every process holds all
+weights and optimizer states, and gradients are summed over the processes (one process: nothing to sum).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from fastpref.config import Config
 from fastpref.train.optim import build_optimizer, load_optimizer_state, optimizer_state
+from fastpref.train.world import World
 
 
 class Trainable(Protocol):
@@ -23,18 +29,26 @@ class Trainable(Protocol):
     def device(self) -> torch.device: ...
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Elements ``start, start + 1, …`` of a flattened tensor of ``shape``: what one rank holds of it."""
+
+    tensor: torch.Tensor  # (n,)
+    start: int
+    shape: tuple[int, ...]
+
+
+State = Mapping[str, torch.Tensor | Piece]
+
+
 class Engine(Protocol):
     """All that a training loop asks of the machinery below it."""
 
-    rank: int
-    world_size: int
+    world: World
 
-    def share(self, pairs: int) -> slice:
-        """This rank's part of a global batch."""
-        ...
-
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """``(F, n)`` of every rank, joined along the second dimension in rank order."""
+    @property
+    def layout(self) -> str:
+        """What a state continues bit for bit on, in words."""
         ...
 
     def begin(self, step: int, learning_rate: float) -> None:
@@ -42,7 +56,10 @@ class Engine(Protocol):
         ...
 
     def backward(self, objective: torch.Tensor) -> None:
-        """Add the gradient of a scalar that already carries its share of the global mean."""
+        """Add the gradient of a scalar that already carries its share of the global mean: ranks are summed.
+
+        With several ranks it is a collective, which every rank has to enter as often as the others.
+        """
         ...
 
     def step(self, learning_rate: float) -> float | None:
@@ -59,26 +76,42 @@ class Engine(Protocol):
         """Clear gradients without an update."""
         ...
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors and JSON values that :meth:`load_state` needs to go on bit for bit."""
+    def state(self) -> tuple[State, dict[str, Any]]:
+        """What this rank keeps for :meth:`load_state` to go on bit for bit, and JSON values.
+
+        The ranks' tensors together are ``policy.NAME``, ``ema.NAME`` and ``optimizer.INDEX.KEY``, each whole or in
+        pieces, whatever the engine: one engine's state is another's.
+        """
         ...
 
-    def load_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-        """Put back what :meth:`state` gave."""
+    def load_state(self, tensors: Mapping[str, torch.Tensor], values: dict[str, Any]) -> None:
+        """Put back what the ranks' :meth:`state` gave, joined."""
         ...
 
-    def ema_weights(self) -> dict[str, torch.Tensor]:
-        """The averaged weights by parameter name; empty without ``ema_decay``."""
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, every trained parameter is there in full and holds its EMA, if there is one: for export."""
         ...
+
+
+def open_engine(model: Any, config: Config, world: World | None = None) -> Engine:
+    """The engine of a recipe, around a policy or a preference model."""
+    world = world or World()
+    if config.engine == "deepspeed":
+        from fastpref.train.deepspeed_engine import ShardedEngine
+
+        return ShardedEngine(model, config, world)
+    if config.step_in_backward:
+        from fastpref.train.backward_step import BackwardEngine
+
+        return BackwardEngine(model, config, world)
+    return LocalEngine(model, config, world)
 
 
 class LocalEngine:
-    """One process, one device."""
+    """All weights on this process' device."""
 
-    rank = 0
-    world_size = 1
-
-    def __init__(self, model: Trainable, config: Config) -> None:
+    def __init__(self, model: Trainable, config: Config, world: World | None = None) -> None:
+        self.world = world or World()
         self.parameters = list(model.trainable.values())
         self.names = list(model.trainable)
         self.optimizer = build_optimizer(config, self.parameters)
@@ -87,11 +120,9 @@ class LocalEngine:
         self.ema_decay = config.ema_decay
         self.ema = [p.detach().clone() for p in self.parameters] if config.ema_decay else []
 
-    def share(self, pairs: int) -> slice:
-        return slice(0, pairs)
-
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
-        return values
+    @property
+    def layout(self) -> str:
+        return f"{self.world.size} rank{'s' if self.world.size > 1 else ''}"
 
     def begin(self, step: int, learning_rate: float) -> None:
         pass
@@ -106,6 +137,8 @@ class LocalEngine:
     def launch(self, learning_rate: float, loss: torch.Tensor) -> torch.Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self.world.size > 1:
+            self.world.sum_([p.grad for p in self.parameters if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
@@ -130,7 +163,8 @@ class LocalEngine:
     def discard(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def state(self) -> tuple[State, dict[str, Any]]:
+        """Every rank has all of it and keeps a part, by name."""
         tensors: dict[str, torch.Tensor] = {}
         values: dict[str, Any] = {"optimizer": {}, "scaler": self.scaler.state_dict()}
         for index, key, value in optimizer_state(self.optimizer):
@@ -142,15 +176,15 @@ class LocalEngine:
             tensors[f"policy.{name}"] = parameter.detach()
         for name, average in zip(self.names, self.ema, strict=False):
             tensors[f"ema.{name}"] = average
-        return tensors, values
+        own = list(tensors)[self.world.rank :: self.world.size]
+        return {name: tensors[name] for name in own}, values
 
-    def load_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+    def load_state(self, tensors: Mapping[str, torch.Tensor], values: dict[str, Any]) -> None:
+        if "sharded" in values:
+            raise ValueError(f"its optimizer states belong to {values['sharded']}: resume on that")
         state: dict[int, dict[str, Any]] = {}
-        for key, value in [*tensors.items(), *((f"optimizer.{k}", v) for k, v in values["optimizer"].items())]:
-            part, _, rest = key.partition(".")
-            if part == "optimizer":
-                index, _, field = rest.partition(".")
-                state.setdefault(int(index), {})[field] = value
+        for index, field, value in optimizer_entries(tensors, values):
+            state.setdefault(index, {})[field] = value
         load_optimizer_state(self.optimizer, state)
         with torch.no_grad():
             for name, parameter in zip(self.names, self.parameters, strict=True):
@@ -160,8 +194,12 @@ class LocalEngine:
         if values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])
 
-    def ema_weights(self) -> dict[str, torch.Tensor]:
-        return dict(zip(self.names, self.ema, strict=False))
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        before = [p.detach().clone() for p in self.parameters] if self.ema else []
+        _copy(self.ema, self.parameters)
+        yield
+        _copy(before, self.parameters)
 
     @torch.no_grad()
     def _update_ema(self, finite: torch.Tensor) -> None:
@@ -171,10 +209,19 @@ class LocalEngine:
             average.lerp_(parameter, weight)
 
 
-def open_engine(model: Trainable, config: Config) -> LocalEngine:
-    """The engine a recipe asks for."""
-    if config.step_in_backward:
-        from fastpref.train.backward_step import BackwardEngine
+def optimizer_entries(tensors: Mapping[str, torch.Tensor], values: dict[str, Any]) -> Iterator[tuple[int, str, Any]]:
+    """(index of the parameter, key, value) of every optimizer state in a checkpoint; tensors are read one by one."""
+    for name in tensors:
+        part, _, rest = name.partition(".")
+        if part == "optimizer":
+            index, _, field = rest.partition(".")
+            yield int(index), field, tensors[name]
+    for name, value in values["optimizer"].items():
+        index, _, field = name.partition(".")
+        yield int(index), field, value
 
-        return BackwardEngine(model, config)
-    return LocalEngine(model, config)
+
+@torch.no_grad()
+def _copy(sources: list[torch.Tensor], targets: list[torch.nn.Parameter]) -> None:
+    for source, target in zip(sources, targets, strict=False):
+        target.copy_(source)

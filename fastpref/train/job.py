@@ -6,18 +6,20 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 
+from fastpref.atomic import make_directory
 from fastpref.config import Config
 from fastpref.config_rules import SCORER_METHODS, STEPWISE_METHODS
 from fastpref.errors import UserError
 from fastpref.models.loading import resolve_device, resolve_model_dir
 from fastpref.models.work import Work
-from fastpref.train.checkpoint import Checkpoint, newest_intact, save_checkpoint
+from fastpref.train.checkpoint import Checkpoint, load_checkpoint, newest_intact, save_checkpoint
 from fastpref.train.profile import StepProfiler, phase
 from fastpref.train.telemetry import (
     MetricsLog,
@@ -28,6 +30,7 @@ from fastpref.train.telemetry import (
     progress_bar,
 )
 from fastpref.train.trainer import Trainer
+from fastpref.train.world import World
 from fastpref.watch import Interrupted, Watch
 
 
@@ -36,6 +39,13 @@ class Stopped(Exception):
 
     def __init__(self, number: int) -> None:
         self.exit_code = 128 + number
+
+
+class Launched(NamedTuple):
+    """A step under way: what waits for its metrics, and the seconds of the loop's turn that launched it."""
+
+    metrics: Callable[[], dict[str, Any]]
+    seconds: float
 
 
 @dataclass
@@ -48,18 +58,18 @@ class TrainJob:
     trainer: Trainer
     began: float
     console: Console = field(default_factory=lambda: Console(stderr=True))
+    world: World = field(default_factory=World)
     seconds_before: float = 0.0
 
     @classmethod
-    def open(cls, config: Config, console: Console | None = None) -> TrainJob:
+    def open(cls, config: Config, console: Console | None = None, world: World | None = None) -> TrainJob:
         """Check the machinery, the model and what the method needs, and load what is trained.
 
         Raises:
             UserError: anything that would stop the run later and can be known now.
         """
-        began = time.perf_counter()
-        if config.engine == "deepspeed":
-            raise UserError("engine deepspeed is not part of this release", "engine", "use engine=local")
+        began, world = time.perf_counter(), world or World()
+        _check_ranks(config, world)
         check_tracker(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -69,9 +79,9 @@ class TrainJob:
             if value is not None and not Path(value).exists():
                 raise UserError(f"{key}: no such file", value, "give a path on disk")
         device = resolve_device(config.device)
-        trainer = _open_trainer(config, model_dir, device)
-        console = console or Console(stderr=True)
-        return cls(config, model_dir, device, trainer, began, console)
+        trainer = _open_trainer(config, model_dir, device, world)
+        console = console or Console(stderr=True, quiet=not world.is_main)
+        return cls(config, model_dir, device, trainer, began, console, world)
 
     def run(self, run_dir: Path) -> dict[str, Any]:
         """Train from scratch or from the newest intact checkpoint; returns the training part of ``summary.json``.
@@ -81,7 +91,9 @@ class TrainJob:
         """
         start, seconds = self._resume(run_dir)
         seconds = self._loop(run_dir, start, seconds)
-        self.trainer.export(run_dir)
+        with self.trainer.engine.whole(), self.world.together():
+            if self.world.is_main:
+                self.trainer.export(run_dir)
         return self._summary(seconds)
 
     def seconds_total(self) -> float:
@@ -90,33 +102,25 @@ class TrainJob:
 
     def _loop(self, run_dir: Path, start: int, before: float) -> float:
         config, trainer, began = self.config, self.trainer, time.perf_counter()
-        log = MetricsLog(run_dir, config, start)
+        log = MetricsLog(run_dir, config, start, writes=self.world.is_main)
         bar = progress_bar(self.console)
-        profiler = StepProfiler(config.profile, self.device, self.console)
+        profiler = StepProfiler(config.profile and self.world.is_main, self.device, self.console)
 
         def spent() -> float:
             return before + time.perf_counter() - began
 
         def save(step: int) -> None:
             log.sync()
-            tensors, values = trainer.engine.state()
-            more, values["trainer"] = trainer.state()
-            tensors |= {f"trainer.{name}": tensor for name, tensor in more.items()}
-            values |= {"counts": list(astuple(trainer.work())), "seconds": spent(), "skipped": trainer.skipped}
-            values["seconds_total"] = self.seconds_total()
-            save_checkpoint(run_dir / "checkpoints", step, tensors, values, config.keep_checkpoints)
+            self._save(run_dir, step, spent())
 
-        waiting: Callable[[], dict[str, Any]] | None = None
-        read_at = began
+        launched: Launched | None = None
 
         def read() -> None:
-            """Log the step before, whose figures have arrived by now."""
-            nonlocal waiting, read_at
-            if waiting is None:
+            """Log the newest step that was launched; by the time the one after it is, its figures have arrived."""
+            nonlocal launched
+            if launched is None:
                 return
-            arrive, waiting = waiting, None
-            metrics, now = arrive(), time.perf_counter()
-            metrics["seconds"], read_at = now - read_at, now
+            metrics, launched = {**launched.metrics(), "seconds": launched.seconds}, None
             with phase("logging"):
                 if metrics["step"] % config.log_every == 0 or metrics["step"] == config.steps:
                     log.write(metrics)
@@ -124,13 +128,15 @@ class TrainJob:
 
         with bar, StopRequest() as stop:
             task = bar.add_task(f"train {config.method}", total=config.steps, completed=start, note="")
-            watch = Watch(lambda note: bar.update(task, note=note), lambda: stop.signal is not None)
+            alone = self.world.size == 1  # ranks stop together, between two steps
+            watch = Watch(lambda note: bar.update(task, note=note), lambda: alone and stop.signal is not None)
             trainer.begin(run_dir, watch)
-            read_at = time.perf_counter()
             for step in range(start, config.steps):
+                self.world.beat(step)
                 with profiler.step():
+                    tick = time.perf_counter()
                     try:
-                        launched = trainer.launch(step)
+                        metrics = trainer.launch(step)
                     except Interrupted:
                         assert stop.signal is not None
                         read()
@@ -138,29 +144,65 @@ class TrainJob:
                         log.close()
                         raise Stopped(stop.signal) from None
                     read()
-                    waiting, done = launched, step + 1
-                    stopped_by, last = stop.signal, done == config.steps
-                    due = last or stopped_by is not None or done % config.checkpoint_every == 0
+                    stopped_by, done = self.world.most(stop.signal or 0), step + 1
+                    last = done == config.steps
+                    due = last or bool(stopped_by) or done % config.checkpoint_every == 0
+                    if due:
+                        metrics = partial(dict, metrics())
+                    launched = Launched(metrics, time.perf_counter() - tick)
                     if due:
                         read()
                 profiler.close(run_dir, last=last)
                 if due:
                     save(done)
-                if stopped_by is not None:
+                if stopped_by:
                     log.close()
                     raise Stopped(stopped_by)
         log.close()
         return spent()
 
+    def _save(self, run_dir: Path, step: int, seconds: float) -> None:
+        trainer, world = self.trainer, self.world
+        state, values = trainer.engine.state()
+        more, values["trainer"] = trainer.state()
+        tensors = {**state, **{f"trainer.{name}": tensor for name, tensor in more.items() if world.is_main}}
+        values |= {"counts": list(astuple(self._work())), "seconds": seconds, "skipped": trainer.skipped}
+        values |= {"seconds_total": self.seconds_total(), "layout": trainer.engine.layout}
+        save_checkpoint(run_dir / "checkpoints", step, tensors, values, self.config.keep_checkpoints, world)
+        if self.config.export_checkpoints:
+            self._export(run_dir / "exports", step)
+
+    def _export(self, folder: Path, step: int) -> None:
+        """The weights of a checkpoint, as they are exported at the end."""
+        with self.trainer.engine.whole(), self.world.together():
+            if self.world.is_main:
+                make_directory(folder / f"step-{step:06d}")
+                self.trainer.export(folder / f"step-{step:06d}")
+                for old in sorted(folder.glob("step-*"))[: -self.config.keep_checkpoints]:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def _work(self) -> Work:
+        """Of all ranks."""
+        return Work.sum([Work(*counts) for counts in self.world.objects(list(astuple(self.trainer.work())))])
+
     def _resume(self, run_dir: Path) -> tuple[int, float]:
         """Put back the newest intact checkpoint; (steps done, seconds spent)."""
+        with self.world.together():
+            found = self._newest(run_dir) if self.world.is_main else None
+        path = self.world.from_main(None if found is None else str(found.path))
+        if path is None:
+            return 0, 0.0
+        with self.world.together():
+            return self._restore(found or load_checkpoint(Path(path), verify=False))
+
+    def _newest(self, run_dir: Path) -> Checkpoint | None:
         for found in newest_intact(run_dir / "checkpoints"):
             if isinstance(found, Checkpoint):
-                return self._restore(found)
+                return found
             path, fault = found
             self.console.print(f"damaged checkpoint {path}: {fault}; using the one before it", style="yellow")
             shutil.move(path, path.with_name(f"damaged-{path.name}-{int(time.time())}"))
-        return 0, 0.0
+        return None
 
     def _restore(self, checkpoint: Checkpoint) -> tuple[int, float]:
         if checkpoint.step > self.config.steps:
@@ -169,14 +211,18 @@ class TrainJob:
             )
         try:
             self.trainer.engine.load_state(checkpoint.tensors, checkpoint.values)
-            own = {k.removeprefix("trainer."): v for k, v in checkpoint.tensors.items() if k.startswith("trainer.")}
+            stored = checkpoint.tensors
+            own = {name.removeprefix("trainer."): stored[name] for name in stored if name.startswith("trainer.")}
             self.trainer.load_state(own, checkpoint.values.get("trainer", {}))
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError("the checkpoint does not fit this model", str(checkpoint.path), str(error)) from error
-        self.trainer.restore_work(Work(*checkpoint.values["counts"]))
+        self.trainer.restore_work(Work(*checkpoint.values["counts"]) if self.world.is_main else Work())
         self.trainer.skipped = checkpoint.values["skipped"]
         self.seconds_before = float(checkpoint.values.get("seconds_total", checkpoint.values["seconds"]))
         self.console.print(f"resuming after step {checkpoint.step}")
+        before, now = checkpoint.values.get("layout"), self.trainer.engine.layout
+        if before not in (None, now):
+            self.console.print(f"saved by {before}, going on as {now}: equal to rounding, not bit for bit")
         return checkpoint.step, float(checkpoint.values["seconds"])
 
     def _summary(self, seconds: float) -> dict[str, Any]:
@@ -187,26 +233,37 @@ class TrainJob:
             **figures,
             "seconds_train": seconds,
             "samples_per_second": figures["samples_seen"] / seconds if seconds else None,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "peak_device_bytes": peak_device_bytes(self.device),
-            "world_size": 1,
-            **asdict(self.trainer.work()),
+            "peak_rss_bytes": self.world.most(peak_rss_bytes()),
+            "peak_device_bytes": self.world.most(peak_device_bytes(self.device)),
+            "world_size": self.world.size,
+            **asdict(self._work()),
             "skipped_steps": self.trainer.skipped,
         }
 
 
-def _open_trainer(config: Config, model_dir: Path, device: torch.device) -> Trainer:
+def _check_ranks(config: Config, world: World) -> None:
+    """Every rank gets the same number of rows: ranks wait for each other in every forward."""
+    key = "rollout_prompts" if config.method in STEPWISE_METHODS else "batch_size"
+    count = getattr(config, key)
+    if count < world.size:
+        raise UserError(f"{world.size} ranks for {key} {count}", key, f"use at most {count} ranks, or raise it")
+    if count % world.size:
+        todo = f"use {count // world.size * world.size} or {(count // world.size + 1) * world.size}"
+        raise UserError(f"{key} is {count}, no multiple of the {world.size} ranks", key, todo)
+
+
+def _open_trainer(config: Config, model_dir: Path, device: torch.device, world: World) -> Trainer:
     if config.method in STEPWISE_METHODS:
         from fastpref.train import stepwise
 
-        return stepwise.open_trainer(config, model_dir, device)
+        return stepwise.open_trainer(config, model_dir, device, world)
     if config.method in SCORER_METHODS:
         from fastpref.train import step_preference
 
-        return step_preference.open_trainer(config, model_dir, device)
+        return step_preference.open_trainer(config, model_dir, device, world)
     from fastpref.train import offline
 
-    return offline.open_trainer(config, model_dir, device)
+    return offline.open_trainer(config, model_dir, device, world)
 
 
 def _note(metrics: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ from fastpref.train.optim import learning_rate_at
 from fastpref.train.profile import phase
 from fastpref.train.reference import open_ledger
 from fastpref.train.trainer import PolicyTrainer
+from fastpref.train.world import World
 from fastpref_kernels import implicit_reward, implicit_reward_parts
 
 
@@ -54,7 +55,7 @@ class _Outcome(NamedTuple):
     effective_contrasts: torch.Tensor | None = None
 
 
-def open_trainer(config: Config, model_dir: Path, device: torch.device) -> OfflineTrainer:
+def open_trainer(config: Config, model_dir: Path, device: torch.device, world: World | None = None) -> OfflineTrainer:
     """Check store, model and batch arithmetic, and load what is trained.
 
     Raises:
@@ -67,8 +68,11 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device) -> Offli
     needs_reference = objective.uses_reference and ledger is None
     policy = load_policy(config, model_dir, device, needs_reference=needs_reference)
     check_unet(policy.unet, store, config)
+    if objective.uses_losers:
+        policy.share_prompts()
     batches = BatchBuilder(store, schedule, config, device, with_losers=objective.uses_losers)
-    return OfflineTrainer(config, policy, objective, sampler, batches, open_engine(policy, config), ledger=ledger)
+    engine = open_engine(policy, config, world)
+    return OfflineTrainer(config, policy, objective, sampler, batches, engine, ledger=ledger)
 
 
 @dataclass
@@ -136,7 +140,7 @@ class OfflineTrainer(PolicyTrainer):
             parts.append(scored.rewards)
         rewards = self._gather(PairRewards.concatenate(parts))
         with phase("communication"):
-            loss = self.engine.gather(torch.stack(losses).sum().view(1, 1)).sum()
+            loss = self.engine.world.gather(torch.stack(losses).sum().view(1, 1)).sum()
         return _Outcome(loss, rewards, torch.ones_like(loss) if self.config.method == "rpo" else None)
 
     def _coupled(self, step: int) -> _Outcome:
@@ -205,7 +209,7 @@ class OfflineTrainer(PolicyTrainer):
 
     def _gather(self, rewards: PairRewards) -> PairRewards:
         with phase("communication"):
-            return rewards.unstacked(self.engine.gather(rewards.stacked()))
+            return rewards.unstacked(self.engine.world.gather(rewards.stacked()))
 
 
 def _slice(solution: Solution, rows: slice) -> Solution:

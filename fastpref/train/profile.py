@@ -6,7 +6,10 @@ The parts of a step are marked with :func:`phase` where they are called; without
 from __future__ import annotations
 
 import csv
+import gzip
 import io
+import json
+import os
 from collections import Counter
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,7 +18,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
 from fastpref.atomic import make_directory, write_bytes
@@ -26,7 +28,7 @@ PHASES = (
     *("logging",),
 )
 IDLE = "idle"
-SKIPPED_STEPS, MARKED_STEPS = 2, 8  # of warm-up, and looked at
+SKIPPED_STEPS, MARKED_STEPS = 2, 5  # of warm-up, and looked at
 _PREFIX, _STEP = "fastpref: ", "fastpref step"
 
 
@@ -43,6 +45,7 @@ class StepProfiler:
         self.cuda, self.console = device.type == "cuda", console
         self._seen, self._profiler = 0, None
         if wanted:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notes would tear the progress line
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.cuda else [])]
             self._profiler = torch.profiler.profile(activities=activities)
 
@@ -64,8 +67,12 @@ class StepProfiler:
             torch.cuda.synchronize()
         profiler.stop()
         make_directory(run_dir / FOLDER)
-        profiler.export_chrome_trace(str(run_dir / FOLDER / TRACE))
-        rows = step_table(list(profiler.events()))
+        plain = run_dir / FOLDER / "trace.json.tmp"
+        profiler.export_chrome_trace(str(plain))
+        trace = plain.read_bytes()
+        write_bytes(run_dir / FOLDER / TRACE, gzip.compress(trace, compresslevel=3))
+        plain.unlink()
+        rows = step_table(json.loads(trace)["traceEvents"])
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -74,36 +81,37 @@ class StepProfiler:
         self.console.print(_shown(rows))
 
 
-def step_table(events: list[Any]) -> list[dict[str, Any]]:
+def step_table(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows ``phase, ms, share``: host milliseconds a step by phase; ``idle`` is what no phase accounts for.
 
     Args:
-        events: of ``torch.profiler``; on a GPU the column ``device_ms`` holds the kernels launched in a phase.
+        events: ``traceEvents`` of a Chrome trace. One of a GPU has the column ``device_ms`` too, from the first to the
+            last kernel of a phase.
     """
-    on_host = [event for event in events if event.device_type == DeviceType.CPU]
-    steps = [event for event in on_host if event.name == _STEP]
-    total = sum(event.time_range.elapsed_us() for event in steps)
-    threads = {event.thread for event in steps}
-    marks = [event for event in on_host if event.name.startswith(_PREFIX) and event.thread in threads]
+    marks = [event for event in events if event.get("cat") == "user_annotation"]
+    steps = [event for event in marks if event["name"] == _STEP]
+    threads, total = {event["tid"] for event in steps}, sum(event["dur"] for event in steps)
     host: Counter[str] = Counter()
-    device: Counter[str] = Counter()
-    around: list[Any] = []
-    for event in sorted(marks, key=lambda event: (event.time_range.start, -event.time_range.end)):
-        while around and around[-1].time_range.end <= event.time_range.start:
+    around: list[dict[str, Any]] = []
+    phases = [event for event in marks if event["name"].startswith(_PREFIX) and event["tid"] in threads]
+    for event in sorted(phases, key=lambda event: (event["ts"], -event["dur"])):
+        while around and around[-1]["ts"] + around[-1]["dur"] <= event["ts"]:
             around.pop()
-        for mark, sign in ((event, 1), *((outer, -1) for outer in around[-1:])):
-            host[mark.name.removeprefix(_PREFIX)] += sign * event.time_range.elapsed_us()
-            device[mark.name.removeprefix(_PREFIX)] += sign * event.device_time_total
+        host[event["name"].removeprefix(_PREFIX)] += event["dur"]
+        if around:
+            host[around[-1]["name"].removeprefix(_PREFIX)] -= event["dur"]
         around.append(event)
     host[IDLE] = total - sum(host[name] for name in PHASES)
-    device[IDLE] = total - sum(device[name] for name in PHASES)
-    count, on_device = max(len(steps), 1), any(device[name] for name in PHASES)
-    rows = []
+    device: Counter[str] = Counter()
+    for event in events:
+        if event.get("cat") == "gpu_user_annotation":
+            device[event["name"].removeprefix(_PREFIX)] += event["dur"]
+    count, rows = max(len(steps), 1), []
     for name in (*PHASES, IDLE):
         if host[name]:
             row: dict[str, Any] = {"phase": name, "ms": round(host[name] / count / 1e3, 3)}
             row["share"] = round(host[name] / total, 4) if total else 0.0
-            rows.append(row | ({"device_ms": round(device[name] / count / 1e3, 3)} if on_device else {}))
+            rows.append(row | ({"device_ms": round(device[name] / count / 1e3, 3)} if device else {}))
     return rows
 
 

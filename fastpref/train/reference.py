@@ -48,22 +48,16 @@ def open_ledger(config: Config, model_dir: Path, store: Store, sampler: Sampler,
 
 def ledger_of(config: Config, model_dir: Path, store: Store, sampler: Sampler, schedule: NoiseSchedule) -> Ledger:
     """The recipe's ledger, whatever of it is there."""
-    half = in_half_precision(config)
+    own = ("seed", "batch_size", "sampling", "timestep_range", "caption_dropout", "label_noise", "precision")
+    rounding = ("attention", "fused_ops", "compile") if in_half_precision(config) else ()
     noise_levels = schedule.alphas_cumprod.numpy().tobytes() + schedule.prediction_type.encode()
     facts = Facts(
         reference=unet_fingerprint(model_dir, config.unet, config.init_lora),
         store=store.manifest.fingerprint,
         schedule=hashlib.sha256(noise_levels).hexdigest(),
-        seed=config.seed,
-        batch_size=config.batch_size,
         group_size=config.group,
-        sampling=config.sampling,
-        timestep_range=config.timestep_range,
-        caption_dropout=config.caption_dropout,
-        label_noise=config.label_noise,
-        precision=config.precision,
-        micro_batch_size=config.micro_batch if half else None,
-        compile=config.compile if half else None,
+        micro_batch_size=config.micro_batch if in_half_precision(config) else None,
+        **{name: getattr(config, name) for name in (*own, *rounding)},
     )
     return Ledger(store.path, facts, sampler.batches_per_epoch)
 
@@ -137,6 +131,7 @@ class _Writer:
         self, config: Config, reference: Policy, sampler: Sampler, store: Store, schedule: NoiseSchedule
     ) -> None:
         check_unet(reference.unet, store, config)
+        reference.share_prompts()
         self.config, self.reference, self.sampler, self.store = config, reference, sampler, store
         self.builder = BatchBuilder(store, schedule, config, reference.device, with_losers=True)
         self.pairs_per_call = config.micro_batch if in_half_precision(config) else config.prepare_batch_size

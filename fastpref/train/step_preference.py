@@ -49,20 +49,23 @@ from fastpref.models.step_preference_file import (
 from fastpref.models.work import Work
 from fastpref.objectives.step_preference import preference_cross_entropy, prompt_weights
 from fastpref.train.batch import BatchBuilder, PairBatch
-from fastpref.train.engine import Engine, LocalEngine
+from fastpref.train.engine import Engine, open_engine
 from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_store
 from fastpref.train.profile import phase
-from fastpref.train.trainer import Trainer, take_averages
+from fastpref.train.trainer import Trainer
+from fastpref.train.world import World
 
 
-def open_trainer(config: Config, model_dir: Path, device: torch.device) -> PreferenceTrainer:
+def open_trainer(
+    config: Config, model_dir: Path, device: torch.device, world: World | None = None
+) -> PreferenceTrainer:
     """Check store, models and batch arithmetic, and load what is trained and what is frozen.
 
     Raises:
         UserError: anything that would stop the training later and can be known now.
     """
     if config.method == "lrm":
-        return _open_latent(config, model_dir, device)
+        return _open_latent(config, model_dir, device, world or World())
     if is_latent_reward(config.scorer):
         todo = "give a CLIP or a step-aware preference model, or use method=lrm"
         raise UserError("a latent reward model is no start for method spm", str(config.scorer), todo)
@@ -75,10 +78,11 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device) -> Prefe
     one_step = load_one_step(config, model_dir, device, schedule, store.empty_prompt(), work)
     check_unet(one_step.unet.unet, store, config)
     batches = BatchBuilder(store, schedule, config, device, with_losers=True)
-    return StepPreferenceTrainer(config, sampler, batches, LocalEngine(model, config), work, model, files, one_step)
+    engine = open_engine(model, config, world)
+    return StepPreferenceTrainer(config, sampler, batches, engine, work, model, files, one_step)
 
 
-def _open_latent(config: Config, model_dir: Path, device: torch.device) -> LatentRewardTrainer:
+def _open_latent(config: Config, model_dir: Path, device: torch.device, world: World) -> LatentRewardTrainer:
     from transformers import CLIPTokenizer
 
     if config.relabel is not None:
@@ -103,7 +107,7 @@ def _open_latent(config: Config, model_dir: Path, device: torch.device) -> Laten
     check_unet(model.unet, store, config)
     tokenizer = _open(partial(CLIPTokenizer.from_pretrained, model_dir / "tokenizer"), model_dir)
     batches = BatchBuilder(store, schedule, config, device, with_losers=True)
-    empty, engine = Conditioning(prompt, pooled), LocalEngine(model, config)
+    empty, engine = Conditioning(prompt, pooled), open_engine(model, config, world)
     return LatentRewardTrainer(config, sampler, batches, engine, Work(), model, facts, empty, tokenizer)
 
 
@@ -151,11 +155,10 @@ class PreferenceTrainer(Trainer):
                 winner, loser = self._scores(batch, self.batches.store.captions(plan.indices[rows]))
             label = self._labels(plan, rows, batch).to(winner)
             weighted = weights[rows].to(winner) * preference_cross_entropy(winner, loser, label)
-            if bool(torch.isfinite(weighted).all()):
-                with phase("backward"):
-                    self.engine.backward(weighted.sum())
+            with phase("backward"):
+                self.engine.backward(weighted.sum())
             parts.append(torch.stack([winner, loser, label, weighted]).detach())
-        results = self.engine.gather(torch.cat(parts, dim=1))
+        results = self.engine.world.gather(torch.cat(parts, dim=1))
         loss = float(results[3].double().sum())
         norm, rate = self.update(step, loss)
         return {"step": step + 1, "loss": loss, **_figures(results), "grad_norm": norm, "lr": rate}
@@ -185,7 +188,6 @@ class StepPreferenceTrainer(PreferenceTrainer):
 
     def export(self, run_dir: Path) -> None:
         """The folder ``step_preference_model/``."""
-        take_averages(self.model.trainable, self.engine)
         save_step_preference(self.model, self.files, run_dir / FOLDER_NAME)
 
     def _scores(self, batch: PairBatch, captions: list[str]) -> torch.Tensor:
@@ -221,7 +223,6 @@ class LatentRewardTrainer(PreferenceTrainer):
 
     def export(self, run_dir: Path) -> None:
         """The folder ``latent_reward_model/``."""
-        take_averages(self.model.trainable, self.engine)
         save_latent_reward(self.model, self.facts, run_dir / LATENT_FOLDER_NAME)
 
     def _scores(self, batch: PairBatch, captions: list[str]) -> torch.Tensor:

@@ -33,24 +33,26 @@ from fastpref.rollout.collect import Collector, Round, gap_quantiles
 from fastpref.rollout.record import RoundRecord
 from fastpref.rollout.scorers import open_scorer
 from fastpref.rollout.transitions import Selection, Transitions, select, thresholds
-from fastpref.train.engine import Engine, LocalEngine
+from fastpref.train.deepspeed_config import read_settings, zero_stage
+from fastpref.train.engine import Engine, open_engine
 from fastpref.train.inputs import open_pool_sampler, open_prompts, open_schedule
 from fastpref.train.profile import phase
 from fastpref.train.trainer import PolicyTrainer
 from fastpref.train.transitions import TransitionObjective
+from fastpref.train.world import World
 from fastpref.watch import Interrupted, Watch
 
 _SHUFFLE = 1 << 14  # stream of the keyed permutation, beside those of the sampler
 _EMPTY_ROUNDS = 3  # rounds in a row without a pair before giving up
 
 
-def open_trainer(config: Config, model_dir: Path, device: torch.device) -> StepwiseTrainer:
+def open_trainer(config: Config, model_dir: Path, device: torch.device, world: World | None = None) -> StepwiseTrainer:
     """Check prompts, models and scorer, and load what is trained and what judges.
 
     Raises:
         UserError: anything that would stop the training later and can be known now.
     """
-    prompts = open_prompts(config)
+    world, prompts = world or World(), open_prompts(config)
     order = Sampler(np.zeros(len(prompts), np.int64), batch_size=config.rollout_prompts, group_size=1, seed=config.seed)
     schedule, work = open_schedule(config, model_dir), Work()
     sampler = open_pool_sampler(config, model_dir, schedule)
@@ -60,7 +62,7 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device) -> Stepw
     book = PromptBook(texts, model_dir, (config.resolution, config.resolution), device, work)
     scorer = open_scorer(config, model_dir, device, sampler.score_timesteps, book, work)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    full = config.precision in ("fp32", "fp64") if config.rollout_lora == "auto" else config.rollout_lora == "merged"
+    split = config.engine == "deepspeed" and zero_stage(config, read_settings(config)) == 3
     collector = Collector(
         sampler,
         policy,
@@ -71,10 +73,11 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device) -> Stepw
         config.rollout_batch_size,
         config.decode_batch_size,
         dtype,
-        merge=full and config.train == "lora",
+        merge=config.merges_rollout and not split,  # a weight that is elsewhere has nothing added to it
     )
     objective = TransitionObjective(config, policy, book, sampler, prompts)
-    return StepwiseTrainer(config, policy, collector, objective, prompts, order, LocalEngine(policy, config), work)
+    engine = open_engine(policy, config, world)
+    return StepwiseTrainer(config, policy, collector, objective, prompts, order, engine, work)
 
 
 @dataclass
@@ -102,7 +105,7 @@ class StepwiseTrainer(PolicyTrainer):
         return f"{len(self.prompts)} prompts"
 
     def begin(self, run_dir: Path, watch: Watch) -> None:
-        self.record = RoundRecord(run_dir)
+        self.record = RoundRecord(run_dir, writes=self.engine.world.is_main)
         self.collector.watch = watch
 
     def work(self) -> Work:
@@ -145,18 +148,18 @@ class StepwiseTrainer(PolicyTrainer):
         rows = self.batches[self.position]
         parts, loss = [], torch.zeros((), dtype=torch.float64)
         for micro in self.micro_batches(len(rows)):
-            part = self.transitions.rows(rows[micro]).to(self.policy.device)
+            own = rows[micro]
+            part = self.transitions.rows(own if len(own) else rows[:1]).to(self.policy.device)
             value, ratios = self.objective.loss(part)
-            scaled = value * (len(part) / len(rows))
-            if bool(torch.isfinite(scaled)):
-                with phase("backward"):
-                    self.engine.backward(scaled)
-                self.policy.count_backward(self.objective.unet_rows(part))
+            scaled = value * (len(own) / len(rows))
+            with phase("backward"):
+                self.engine.backward(scaled)
+            self.policy.count_backward(self.objective.unet_rows(part))
             loss += scaled.detach().double().cpu()
-            parts.append(ratios)
+            parts.append(ratios[:, : len(own)])
         with phase("communication"):
-            found = self.engine.gather(torch.cat(parts, dim=1))
-        total = float(self.engine.gather(loss.view(1, 1)).sum())
+            found = self.engine.world.gather(torch.cat(parts, dim=1))
+            total = float(self.engine.world.gather(loss.view(1, 1)).sum())
         norm, rate = self.update(step, total)
         self.position += 1
         self.seconds += time.perf_counter() - began
@@ -197,7 +200,7 @@ class StepwiseTrainer(PolicyTrainer):
     def _collect(self, step: int) -> tuple[Transitions, list[Selection]]:
         self.round += 1
         plan = self.order.batch(self.round)
-        share = plan.indices[self.engine.share(len(plan.indices))]
+        share = plan.indices[self.engine.world.share(len(plan.indices))]
         names = [self.prompts[i] for i in share]
         own = self.collector.collect(names, torch.from_numpy(share), plan.epoch)
         transitions, selections = self._pooled(own)
@@ -207,11 +210,11 @@ class StepwiseTrainer(PolicyTrainer):
     def _pooled(self, own: Round) -> tuple[Transitions, list[Selection]]:
         """Transitions and verdicts of all ranks, in the order of the round's prompts."""
         scores = torch.stack([selection.scores for selection in own.selections])  # (S, n, K)
-        flat = self.engine.gather(scores.transpose(1, 2).flatten(0, 1))  # (S·K, N)
+        flat = self.engine.world.gather(scores.transpose(1, 2).flatten(0, 1))  # (S·K, N)
         theta = thresholds(self.collector.sampler, self.collector.theta)
         rows = flat.unflatten(0, (len(theta), -1)).transpose(1, 2)
         gathered = {
-            name: self.engine.gather(tensor.flatten(1).T if tensor.ndim > 1 else tensor[None])
+            name: self.engine.world.gather(tensor.flatten(1).T if tensor.ndim > 1 else tensor[None])
             .T.reshape(-1, *tensor.shape[1:])
             .contiguous()
             for name, tensor in own.transitions.tensors().items()
@@ -230,8 +233,9 @@ class StepwiseTrainer(PolicyTrainer):
         assert self.record is not None
         sampler = self.collector.sampler
         theta = thresholds(sampler, self.collector.theta)
+        forwards = sum(self.engine.world.objects(own.unet_forwards))
         cost = {
-            "unet_forwards": own.unet_forwards,
+            "unet_forwards": forwards,
             "seconds_rollout": own.seconds_rollout,
             "seconds_scoring": own.seconds_scoring,
             **{f"decoder_{name}": value for name, value in own.agreement.items()},
@@ -242,7 +246,7 @@ class StepwiseTrainer(PolicyTrainer):
         self._add(
             prompts=prompts,
             **{name: line[name] for name in ("pools", "pairs_kept", "pools_dropped_nan")},
-            rollout_unet_forwards=own.unet_forwards,
+            rollout_unet_forwards=forwards,
             seconds_rollout=own.seconds_rollout,
             seconds_scoring=own.seconds_scoring,
         )

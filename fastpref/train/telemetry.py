@@ -24,10 +24,14 @@ from fastpref.errors import UserError
 class MetricsLog:
     """One JSON object a logged step in ``metrics.jsonl``, and the same numbers to the tracker.
 
-    On resume, lines after the checkpoint's step are cut off, so the file reads as if nothing had happened.
+    On resume, lines after the checkpoint's step are cut off, so the file reads as if nothing had happened. Of several
+    ranks one ``writes``.
     """
 
-    def __init__(self, run_dir: Path, config: Config, start: int) -> None:
+    def __init__(self, run_dir: Path, config: Config, start: int, *, writes: bool = True) -> None:
+        self.writes = writes
+        if not writes:
+            return
         self.path = run_dir / "metrics.jsonl"
         _keep_until(self.path, start)
         self._tracker = _tracker(config, run_dir, start)
@@ -35,6 +39,8 @@ class MetricsLog:
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one step. NaN and infinity become null: they are not JSON."""
+        if not self.writes:
+            return
         clean = {k: (None if isinstance(v, float) and not _finite(v) else v) for k, v in metrics.items()}
         self._stream.write(json.dumps(clean) + "\n")
         self._stream.flush()
@@ -42,10 +48,12 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Put what was written on disk; a checkpoint of a step comes after its line."""
-        os.fsync(self._stream.fileno())
+        if self.writes:
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        self._stream.close()
+        if self.writes:
+            self._stream.close()
 
 
 def progress_bar(console: Console | None = None) -> Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -65,15 +66,24 @@ class Trainer(ABC):
 
     @abstractmethod
     def export(self, run_dir: Path) -> None:
-        """Write the trained weights (their EMA if there is one) below ``run_dir``."""
+        """Write the trained weights below ``run_dir``; called in one rank, inside the engine's ``whole()``."""
 
     @abstractmethod
     def describe(self) -> str:
         """What it trains on, e.g. '652 pairs'."""
 
     def micro_batches(self, pairs: int) -> list[slice]:
-        """This rank's part of ``pairs``, cut into forwards."""
-        share, size = self.engine.share(pairs), self.config.micro_batch
+        """This rank's part of ``pairs``, cut into forwards; every rank gets as many.
+
+        A forward is a collective under ZeRO-3 and a backward under ZeRO-2, so where there are more ranks than rows for
+        the last forwards, some ranks get an empty slice and have to go through the motions.
+        """
+        world, size = self.engine.world, self.config.micro_batch
+        share = world.share(pairs)
+        count = math.ceil(math.ceil(pairs / world.size) / size)
+        if len(range(share.start, share.stop, size)) != count:
+            edges = [share.start + (share.stop - share.start) * n // count for n in range(count + 1)]
+            return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
         return [slice(s, min(s + size, share.stop)) for s in range(share.start, share.stop, size)]
 
     def update(self, step: int, loss: float) -> tuple[float | None, float]:
@@ -94,11 +104,13 @@ class Trainer(ABC):
         """Book a step that changed nothing; raises :class:`UserError` as :meth:`update` does."""
         self.skipped += 1
         if self.skipped > self.config.max_skipped_steps:
-            raise UserError(
+            error = UserError(
                 f"{self.skipped} steps had a non-finite loss or gradient, the last with loss {loss}",
                 f"step {step + 1}",
                 "lower learning_rate or beta, or use precision=fp32; the newest checkpoint is intact",
             )
+            error.shared = True
+            raise error
 
 
 class PolicyTrainer(Trainer):
@@ -122,7 +134,6 @@ class PolicyTrainer(Trainer):
         """A LoRA file or a ``unet/`` folder, in diffusers' format."""
         from fastpref.models.lora_file import save_lora
 
-        take_averages(self.policy.trainable, self.engine)
         if self.config.train == "lora":
             save_lora(self.policy.unet, run_dir)
             return
@@ -131,10 +142,3 @@ class PolicyTrainer(Trainer):
         self.policy.unet.save_pretrained(draft)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(draft, final)
-
-
-@torch.no_grad()
-def take_averages(trainable: dict[str, torch.nn.Parameter], engine: Engine) -> None:
-    """Put the EMA of the weights, if the engine keeps one, into their place."""
-    for name, average in engine.ema_weights().items():
-        trainable[name].copy_(average)

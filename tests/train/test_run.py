@@ -107,6 +107,16 @@ def test_a_run_leaves_what_the_contract_says(sdxl_config: Callable[..., Config],
     assert weights(run)
 
 
+def test_weights_are_exported_with_each_checkpoint_and_training_does_not_notice(small: Callable[..., Config]) -> None:
+    """The averages are put in for the export and taken out again; the newest are kept."""
+    plain = run_in_process(small("name=plain", "steps=6", "checkpoint_every=2"))
+    config = small("name=exported", "steps=6", "checkpoint_every=2", "export_checkpoints=true", "keep_checkpoints=2")
+    run = run_in_process(config)
+    assert same(run, plain) and without_time(run) == without_time(plain)
+    assert sorted(path.name for path in (run / "exports").iterdir()) == ["step-000004", "step-000006"]
+    assert same(run / "exports" / "step-000006", run) and not same(run / "exports" / "step-000004", run)
+
+
 def test_twenty_steps_equal_ten_then_kill_then_ten(small: Callable[..., Config], tmp_path: Path) -> None:
     whole = run_in_process(small("name=whole"))
     config = small("name=killed")

@@ -161,7 +161,7 @@ def test_what_the_loader_meets_is_raised_in_the_step(sdxl_config: MakeConfig) ->
 def test_profile_writes_a_trace_and_a_table_that_adds_up(sdxl_config: MakeConfig, tmp_path: Path) -> None:
     from fastpref.runs import run_training
 
-    run_training(sdxl_config("method=rpo", "micro_batch_size=4", "steps=12", "profile=true", "name=profiled"))
+    run_training(sdxl_config("method=rpo", "micro_batch_size=4", "steps=8", "profile=true", "name=profiled"))
     folder = tmp_path / "runs" / "profiled" / "profile"
     with gzip.open(folder / "trace.json.gz") as stream:
         assert len(json.load(stream)["traceEvents"]) > 1000
@@ -170,7 +170,7 @@ def test_profile_writes_a_trace_and_a_table_that_adds_up(sdxl_config: MakeConfig
     assert sum(share.values()) == pytest.approx(1, abs=0.01) and 0 <= share[IDLE] < 0.2
     assert {"data", "noise", "policy forward", "reference", "loss", "backward", "optimizer", "logging"} < share.keys()
     assert share["policy forward"] > share["reference"] > share["loss"], "rewards first: the policy twice"
-    plain = sdxl_config("method=rpo", "micro_batch_size=4", "steps=12", "name=plain")
+    plain = sdxl_config("method=rpo", "micro_batch_size=4", "steps=8", "name=plain")
     run_training(plain)
     lines = [(tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in ("profiled", "plain")]
     assert [json.loads(line)["loss"] for line in lines[0]] == [json.loads(line)["loss"] for line in lines[1]]
@@ -188,12 +188,40 @@ def test_a_run_shorter_than_the_window_is_profiled_to_its_end(tmp_path: Path) ->
         assert (tmp_path / str(steps) / "profile" / "phases.csv").is_file() == there
 
 
+def test_keys_and_values_of_a_shared_prompt_are_computed_once_and_are_the_same(sdxl_config: MakeConfig) -> None:
+    """Half of the rows in the cross-attention's projections; loss and gradient as without, in float64."""
+    from fastpref.models.policy import load_policy
+
+    config = sdxl_config("method=dpo", "precision=fp64", "gradient_checkpointing=true", "caption_dropout=0.5")
+    job = TrainJob.open(config)
+    shared = job.trainer.policy  # type: ignore[attr-defined]
+    plain = load_policy(config, job.model_dir, job.device, needs_reference=False)
+    trainer = job.trainer
+    assert isinstance(trainer, OfflineTrainer)
+    batch = trainer.batches.build(trainer.sampler.batch(0), slice(0, 8))
+    found = []
+    for policy in (shared, plain):
+        rows: list[int] = []
+        block = policy.unet.down_blocks[1].attentions[0].transformer_blocks[0]
+        for projection in (block.attn1.to_k.base_layer, block.attn2.to_k.base_layer):
+            projection.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(len(inputs[0])))
+        with torch.no_grad():
+            for parameter in policy.trainable.values():
+                parameter += 0.01 * torch.cos(torch.arange(parameter.numel(), dtype=parameter.dtype)).view_as(parameter)
+        error = (policy.predict(batch.noisy, batch.timesteps, batch.conditioning) - batch.target).square().mean()
+        error.backward()
+        found.append((rows, error.item(), torch.cat([p.grad.flatten() for p in policy.trainable.values()])))
+    assert found[0][0] == [16, 8, 16, 8] and found[1][0] == [16, 16, 16, 16]
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-12)
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-9, atol=1e-14)
+
+
 def test_compiled_blocks_compute_the_same(sdxl_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """LoRA on and off, with and without gradient, checkpointed: losses and weights as without compiling."""
     from torch._dynamo.utils import counters
 
     monkeypatch.setitem(compiled.OPTIONS, "backend", "aot_eager")
-    common = ["method=rpo", "precision=fp64", "gradient_checkpointing=true", "micro_batch_size=4", "learning_rate=0.01"]
+    common = ["method=dpo", "precision=fp64", "gradient_checkpointing=true", "learning_rate=0.01"]
     counters.clear()
     results = []
     for extra in ([], ["compile=true"]):

@@ -1,0 +1,225 @@
+"""How time and memory grow: with the batch, the contrast group, the resolution, and the number of records.
+
+    python benchmarks/scaling.py [--only batch group resolution records loader] [--repeats 5] [--readme]
+
+Every point runs in a process of its own, whose peak resident memory it reports: RPO steps of the bundled model with the
+ledger for the first three; for records the opening of a store of 10³ … 10⁶ of them, a step's sampling and reading in
+the first and in a later epoch; for the loader the rate at which batches come beside the rate at which the model takes
+them. Writes results/scaling.csv, .md and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from common import RESULTS, ROOT, fill, markdown, provenance, read_csv, write_csv
+from large_store import make_large_store
+from limit import seconds
+from worlds import config_of, open_world, trainer_of
+
+from fastpref.atomic import write_bytes
+from fastpref.data.store import Store
+from fastpref.errors import UserError
+from fastpref.train.inputs import open_sampler
+from fastpref.train.telemetry import peak_rss_bytes
+
+OUT = RESULTS / "scaling.csv"
+POINTS: dict[str, tuple[int, ...]] = {
+    "batch": (2, 4, 8, 16),
+    "group": (2, 4, 8, 16),
+    "resolution": (16, 32, 64),
+    "records": (10**3, 10**4, 10**5, 10**6),
+    "loader": (1, 8),
+}
+MOST_SECONDS, MOST_BYTES = 1.0, 200e6  # of opening 10⁶ records
+FEEDS = 10  # times the model's rate
+
+
+def step_point(settings: list[str], overrides: list[str], repeats: int) -> dict[str, Any]:
+    """Median seconds of an RPO step, and what the process needed."""
+    trainer = trainer_of(settings, "method=rpo", "reference=ledger", *overrides)
+    trainer.step(0)
+    found = [seconds(partial(trainer.step, step)) for step in range(1, repeats + 1)]
+    return {"seconds": median(found), "spread": max(found) - min(found), "peak_rss_bytes": peak_rss_bytes()}
+
+
+def high_water() -> int:
+    """Peak resident bytes since the peak was last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def records_point(settings: list[str], records: int, folder: Path, repeats: int) -> dict[str, Any]:
+    """Opening a store, and batches of 512 pairs of its first and its eighth epoch."""
+    path = folder / f"records-{records}"
+    if not path.is_dir():
+        make_large_store(Path(config_of(settings).store), path, records)
+        raise SystemExit(0)  # what making it needed is not what opening it needs
+    Store.open(Path(config_of(settings).store))  # what reading parquet needs in any case
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = high_water()
+    began = time.perf_counter()
+    store = Store.open(path)
+    opened = time.perf_counter() - began
+    grown = high_water() - before
+    sampler = open_sampler(config_of(settings, "batch_size=512", "method=dpo"), store)
+    answer = {"seconds": opened, "grown_bytes": grown}
+    for name, first in (("first", 0), ("later", 7 * sampler.batches_per_epoch)):
+        plan = sampler.batch(first)
+        sampled = [seconds(partial(sampler.batch, first + n)) for n in range(1, repeats + 1)]
+        answer[f"sampling_{name}"] = median(sampled)
+        answer[f"reading_{name}"] = median(seconds(partial(store.batch, plan.indices)) for _ in range(repeats))
+    return answer | {"peak_rss_bytes": peak_rss_bytes()}
+
+
+def loader_point(settings: list[str], micro_batch: int, repeats: int) -> dict[str, Any]:
+    """Pairs a second: read and noised with nobody training, and trained."""
+    trainer = trainer_of(settings, "method=dpo", "reference=ledger", f"micro_batch_size={micro_batch}")
+    trainer.step(0)
+    steps, size, micro = range(1, repeats + 1), trainer.config.batch_size, range(len(trainer._micro))
+
+    def feed() -> None:
+        for step in steps:
+            for number in micro:
+                loaded = trainer._loader.take(step, number)
+                trainer.batches.build(loaded.plan, loaded.rows, loaded.stored)
+
+    fed, trained = seconds(feed), sum(seconds(partial(trainer.step, step)) for step in steps)
+    pairs = repeats * size
+    return {"seconds": fed / repeats, "pairs_fed": pairs / fed, "pairs_trained": pairs / trained}
+
+
+def point(kind: str, value: int, settings: list[str], folder: Path, repeats: int) -> dict[str, Any]:
+    """One point in this process."""
+    if kind == "records":
+        return records_point(settings, value, folder, repeats)
+    if kind == "loader":
+        return loader_point(settings, value, repeats)
+    overrides = {
+        "batch": [f"batch_size={value}"],
+        "group": ["batch_size=16", f"group_size={value}"],
+        "resolution": [f"resolution={value}", f"store={folder / f'store-{value}'}"],
+    }[kind]
+    if kind == "resolution":
+        from fastpref.data.prepare import prepare
+
+        prepare(config_of(settings, *overrides), progress=False)
+    return step_point(settings, overrides, repeats)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line a point."""
+    lines = []
+    for row in rows:
+        more = [
+            f"{label} {1e3 * float(row[key]):.2f} ms"
+            for key, label in (
+                ("sampling_first", "sampling"),
+                ("sampling_later", "in epoch 8"),
+                ("reading_first", "reading"),
+            )
+            if row.get(key)
+        ]
+        if row.get("grown_bytes"):
+            more.append(f"opening takes {float(row['grown_bytes']) / 1e6:.0f} MB")
+        if row.get("pairs_fed"):
+            ratio = float(row["pairs_fed"]) / float(row["pairs_trained"])
+            more.append(
+                f"feeds {ratio:.0f} times what is trained (at least {FEEDS}: {'met' if ratio >= FEEDS else 'missed'})"
+            )
+        memory = f"{float(row['peak_rss_bytes']) / 1e9:.2f}" if row.get("peak_rss_bytes") else "–"
+        lines.append(
+            [row["kind"], f"{int(row['value'])}", f"{1e3 * float(row['seconds']):.1f}", memory, ", ".join(more)]
+        )
+    return markdown(["what grows", "to", "ms a step (records: to open)", "peak memory, GB", "also"], lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Seconds and memory over each growing quantity."""
+    from matplotlib.figure import Figure
+
+    kinds = [kind for kind in POINTS if kind != "loader" and any(row["kind"] == kind for row in rows)]
+    figure = Figure(figsize=(3.2 * max(len(kinds), 1), 5), layout="constrained")
+    for place, kind in enumerate(kinds):
+        own = [row for row in rows if row["kind"] == kind]
+        values = [int(row["value"]) for row in own]
+        columns = (("seconds", 1e3, "ms"), ("peak_rss_bytes", 1e-9, "peak memory, GB"))
+        for line, (key, scale, label) in enumerate(columns):
+            axes = figure.add_subplot(2, len(kinds), line * len(kinds) + place + 1)
+            axes.plot(values, [float(row[key]) * scale for row in own], "o-")
+            axes.set_xscale("log", base=10 if kind == "records" else 2)
+            axes.set_ylim(bottom=0)
+            axes.set(xlabel=kind, ylabel=label)
+    figure.savefig(out, dpi=120)
+
+
+def measure(kinds: Sequence[str], settings: list[str], folder: Path, repeats: int) -> list[dict[str, Any]]:
+    """All points, each in a fresh process."""
+    rows = []
+    for kind in kinds:
+        for value in POINTS[kind]:
+            print(f"{kind} {value}", file=sys.stderr)
+            job = json.dumps([kind, value, settings, str(folder), repeats])
+            command = [sys.executable, __file__, "--worker", job, "--threads", str(torch.get_num_threads())]
+            answers = [
+                subprocess.run(command, capture_output=True, text=True) for _ in range(2 if kind == "records" else 1)
+            ]
+            if any(answer.returncode for answer in answers):
+                raise UserError(f"the point {kind} {value} failed", "scaling", answers[-1].stderr.strip()[-300:])
+            found = json.loads(answers[-1].stdout)
+            rows.append({"kind": kind, "value": value, "threads": torch.get_num_threads(), **found, **provenance()})
+    return rows
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=POINTS, default=list(POINTS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--report", action="store_true", help="run nothing: table and plot from the CSV")
+    parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, report."""
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        if options.worker:
+            kind, value, settings, folder, repeats = json.loads(options.worker)
+            print(json.dumps(point(kind, value, settings, Path(folder), repeats)))
+            return
+        if not options.report:
+            with tempfile.TemporaryDirectory() as folder:
+                found = measure(options.only, open_world("emoji", Path(folder)), Path(folder), options.repeats)
+            kept = [row for row in read_csv(options.out) if row["kind"] not in options.only]
+            write_csv(options.out, [*kept, *found])
+        rows = read_csv(options.out)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    write_bytes(options.out.with_suffix(".md"), f"# Growth\n\n{table(rows)}\n".encode())
+    plot(rows, options.out.with_suffix(".png"))
+    if options.readme:
+        fill(ROOT / "README.md", "table: scaling", table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

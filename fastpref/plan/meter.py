@@ -1,0 +1,103 @@
+"""Peak memory and floating-point operations of code that runs on fake tensors: shapes and lifetimes, no numbers."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the tensors that are alive, and their maximum; ``known`` are not counted.
+
+    Tensors named by :meth:`set_aside` leave the ``rest``, whose maximum is kept too: that is how gradients are told
+    from activations.
+
+    Tensors that only a reference cycle holds are collected where the maximum grows, so that the count does not depend on
+    when Python happens to do it.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = self.rest = self.rest_peak = self._swept = 0
+        self._seen: Any = WeakIdKeyDictionary()
+        for tensor in known:
+            self._seen[tensor.untyped_storage()] = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, torch.Tensor):
+                self._count(value)
+        return out
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        gc.freeze()  # what is there already is not looked at again and again
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        gc.unfreeze()
+
+    def set_aside(self, tensor: torch.Tensor) -> None:
+        """Count the tensor among all, but no longer in the rest."""
+        entry = self._seen.get(tensor.untyped_storage())
+        if entry is not None and not entry.aside:
+            entry.aside = True
+            self.rest -= entry.size
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._seen:
+            return
+        entry = _Entry(storage.nbytes())
+        entry.reference = weakref.ref(storage, lambda _: self._drop(entry))
+        self._seen[storage] = entry
+        self.live += entry.size
+        self.rest += entry.size
+        if self.live > self._swept:
+            gc.collect()
+            self._swept = int(_GROWTH * self.live)
+        self.peak, self.rest_peak = max(self.peak, self.live), max(self.rest_peak, self.rest)
+
+    def _drop(self, entry: _Entry) -> None:
+        self.live -= entry.size
+        self.rest -= 0 if entry.aside else entry.size
+
+
+_GROWTH = 1.02  # of what is alive before it is swept again
+
+
+class _Entry:
+    """One counted storage."""
+
+    reference: Any
+
+    def __init__(self, size: int) -> None:
+        self.size, self.aside = size, False
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, with the CPU's fused attention, which it does not know."""
+    ops = torch.ops.aten
+
+    def forward(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    def backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return sdpa_backward_flop_count(grad, q, k, v)
+
+    mapping = {
+        ops._scaled_dot_product_flash_attention_for_cpu: forward,
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)

@@ -1,0 +1,73 @@
+"""What DeepSpeed needs around it: a quiet import, float64 for exactness tests, and a loss scale."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from fastpref.errors import UserError
+
+_GROWTH_INTERVAL = 2000
+
+
+class LossScale:
+    """The dynamic loss scale of fp16: halved when a gradient is not finite, doubled after 2000 that are. Its state is
+    that of :class:`torch.amp.GradScaler`. Off, it is 1."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.value, self.good = (65536.0, 0) if enabled else (1.0, 0)
+
+    def update(self, finite: bool) -> None:
+        if not self.enabled:
+            return
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self.good == _GROWTH_INTERVAL:
+            self.value, self.good = self.value * 2, 0
+
+    def state(self) -> dict[str, Any]:
+        if not self.enabled:
+            return {}
+        factors = {"growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": _GROWTH_INTERVAL}
+        return {"scale": self.value, **factors, "_growth_tracker": self.good}
+
+    def load(self, state: dict[str, Any]) -> None:
+        if self.enabled and state:
+            self.value, self.good = float(state["scale"]), int(state["_growth_tracker"])
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError:
+        raise UserError("engine deepspeed needs deepspeed", "engine", "pip install 'fastpref[deepspeed]'") from None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the start, for two minutes
+    return deepspeed
+
+
+@contextmanager
+def in_double() -> Iterator[None]:
+    """Inside, DeepSpeed keeps masters and sums gradients in float64, which it has no setting for."""
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (ZeROOptimizer, "_configure_master_weights", lambda *_, **__: torch.float64),
+            (DeepSpeedEngine, "get_data_types", lambda _: (torch.float64, torch.float64)),
+            (DeepSpeedEngine, "communication_data_type", torch.float64),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield

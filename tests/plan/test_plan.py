@@ -1,0 +1,174 @@
+"""The plan against what is measured: optimizer states, a run's peak memory, DeepSpeed's arithmetic by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpref.config import Config, load_config, save_config
+from fastpref.errors import UserError
+from fastpref.plan import public, report
+from fastpref.plan.cost import Batch, traffic_bytes
+from fastpref.plan.count import Shapes, StepCount, count_step
+from fastpref.plan.memory import memory_of, optimizer_bytes
+from fastpref.plan.report import make_plan
+from fastpref.train.job import TrainJob
+from fastpref.train.optim import build_optimizer, optimizer_state
+
+MakeConfig = Callable[..., Config]
+SHAPES = [torch.Size(s) for s in [(64, 100), (7,), (3, 5, 3, 3), (4096,), (128, 128)]]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion8bit", "adafactor"])
+def test_optimizer_bytes_are_those_of_the_real_state(optimizer: str) -> None:
+    if "8bit" in optimizer:
+        pytest.importorskip("bitsandbytes")
+    config = load_config("", [f"optimizer={optimizer}"])
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    built = build_optimizer(config, parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    built.step()
+    state = [(k, v) for _, k, v in optimizer_state(built) if isinstance(v, torch.Tensor) and not k.startswith("qmap")]
+    assert optimizer_bytes(config, SHAPES) == sum(value.nbytes for _, value in state)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd15"])
+def test_the_public_unets_have_their_published_size(family: str) -> None:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**public.PUBLIC[family])
+    assert sum(p.numel() for p in unet.parameters()) == public.PARAMETERS[family]
+
+
+def counted(config: Config, pairs: int, side: int = 8) -> StepCount:
+    unet = json.loads((Path(config.model) / "unet" / "config.json").read_text())
+    return count_step(config, Shapes(unet, (4, side, side), 77), pairs)
+
+
+def test_weights_and_trained_values_are_those_of_the_loaded_policy(sdxl_config: MakeConfig) -> None:
+    for extra in (["train=lora", "precision=bf16"], ["train=full", "precision=bf16"]):
+        config = sdxl_config("method=dpo", *extra)
+        policy = TrainJob.open(config).trainer.policy
+        count = counted(config, 1)
+        models = [m for m in (policy.unet, policy.reference_unet) if m is not None]
+        everything = sum(t.nbytes for m in models for t in (*m.parameters(), *m.buffers()))
+        assert count.trained_values == sum(p.numel() for p in policy.trainable.values())
+        assert count.trained == sum(p.nbytes for p in policy.trainable.values())
+        assert count.frozen + count.trained == everything
+
+
+def test_checkpointing_saves_activations_and_costs_work(sdxl_config: MakeConfig) -> None:
+    plain = counted(sdxl_config("method=dpo"), 2, 16)
+    kept = counted(sdxl_config("method=dpo", "gradient_checkpointing=true"), 2, 16)
+    assert kept.activations < 0.7 * plain.activations and kept.flops > 1.1 * plain.flops
+    double = counted(sdxl_config("method=dpo"), 4, 16)
+    assert 1.8 < double.activations / plain.activations < 2.1 and 1.9 < double.flops / plain.flops <= 2.0
+
+
+def test_a_ledger_needs_no_reference(sdxl_config: MakeConfig) -> None:
+    full = ["method=dpo", "train=full", "batch_size=2"]
+    copied, ledger = counted(sdxl_config(*full), 2), counted(sdxl_config(*full, "reference=ledger"), 2)
+    assert copied.frozen == ledger.trained and ledger.frozen == 0
+    assert 0.70 < ledger.flops / copied.flops < 0.80  # three passes of four, a backward being two
+
+
+def test_the_step_inside_the_backward_saves_the_gradients(sdxl_config: MakeConfig) -> None:
+    full = ["method=dpo", "train=full", "batch_size=2", "gradient_checkpointing=true"]
+    plain = counted(sdxl_config(*full), 2)
+    inside = counted(sdxl_config(*full, "step_in_backward=true"), 2)
+    assert plain.peak - inside.peak > 0.5 * plain.gradients
+
+
+def test_zero_divides_what_it_says() -> None:
+    """By hand, 1000 fp32 values over 4 ranks, of which everything is trained."""
+    config = load_config("", ["method=dpo", "train=full"])
+    count = StepCount(4000, 4000, 1000, [torch.Size([1000])], 4000, 700, 4500, 1, 0)
+    by_stage = {stage: memory_of(config, count, stage, 4, 10) for stage in (0, 1, 2, 3)}
+    assert [by_stage[s].weights for s in (0, 1, 2, 3)] == [8000, 8000, 8000, 2000]
+    assert [by_stage[s].gradients for s in (0, 1, 2, 3)] == [4000, 4000, 1000, 1000]
+    assert [by_stage[s].optimizer for s in (0, 1, 2, 3)] == [8004, 3001, 3001, 3001]
+    assert by_stage[0].activations == 500 and by_stage[2].activations == 700
+    batch = Batch.of(load_config("", ["batch_size=24", "micro_batch_size=2"]), 4)
+    assert (batch.share, batch.micro, batch.rounds) == (6, 2, 3)
+    sent = [traffic_bytes(config, count, batch, stage, 4) for stage in (0, 1, 2, 3)]
+    assert sent == [6000, 6000, 3 * 3000 + 3000, 3 * (3000 + 3 * 6000)]
+
+
+@pytest.mark.parametrize("share", [0.5, 0.3])
+def test_what_does_not_fit_gets_the_nearest_that_does(
+    sdxl_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """The suggestion, taken, fits; and the device is one that the recipe does not fit on."""
+    recipe = ["method=dpo", "train=full", "batch_size=32"]
+    need = make_plan(sdxl_config(*recipe), 1, "h100").best.total
+    monkeypatch.setattr(report, "device_bytes", lambda _: int(share * need / 0.9))
+    plan = make_plan(sdxl_config(*recipe), 1, "h100")
+    changes, _, gpus = plan.nearest.partition("on ")
+    assert "gradient_checkpointing=true" in changes
+    assert make_plan(sdxl_config(*recipe, *changes.split()), int(gpus.split()[0]), "h100").nearest == ""
+
+
+def test_gradients_wait_beside_the_activations_of_later_micro_batches(sdxl_config: MakeConfig) -> None:
+    config = sdxl_config("method=dpo", "train=full")
+    unet = json.loads((Path(config.model) / "unet" / "config.json").read_text())
+    one, many = (count_step(config, Shapes(unet, (4, 8, 8), 77), 2, several=several) for several in (False, True))
+    assert many.activations == one.activations and many.flops == one.flops
+    assert many.peak == many.activations + many.gradients > one.peak
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["method=spm", "train=full"], "method spm is not planned"),
+        (["batch_size=1"], "2 GPUs but 1 pairs"),
+        (["method=dpo", "train=full", "step_in_backward=true"], "step_in_backward is for one process"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(sdxl_config: MakeConfig, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_plan(sdxl_config(*arguments), 2, "h100")
+    with pytest.raises(UserError, match="unknown device 'h1000'"):
+        make_plan(sdxl_config(), 1, "h1000")
+    with pytest.raises(UserError, match="no such model folder"):
+        make_plan(load_config("", ["model=nowhere"]), 1, "h100")
+
+
+def test_prediction_on_emoji_is_within_a_tenth_of_the_measured_peak(
+    tmp_path: Path, few_records: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bundled model in a process of its own, which gives freed memory back at once (see plan/memory.py)."""
+    from fastpref.data.prepare import prepare
+
+    settings = [f"records={few_records}", f"store={tmp_path}/store", f"output_dir={tmp_path}/runs", "clip=emoji"]
+    settings += ["method=dpo", "beta=100", "steps=2", "batch_size=24", "threads=1", "evaluate=false", "tracker=none"]
+    config = load_config("", settings)
+    prepare(config, progress=False)
+    save_config(config, tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "fastpref.cli"]
+    giving_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    subprocess.run([*command, "train", str(tmp_path / "recipe.yaml")], check=True, capture_output=True, env=giving_back)
+    measured = json.loads((config.run_dir / "summary.json").read_text())["peak_rss_bytes"]
+    planned = subprocess.run(
+        [sys.executable, "-c", PREDICT, str(tmp_path / "recipe.yaml")], check=True, text=True, capture_output=True
+    )
+    predicted = int(planned.stdout)
+    with capsys.disabled():
+        print(f"\nemoji DPO: predicted {predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
+    assert abs(predicted / measured - 1) < 0.1
+
+
+PREDICT = """
+import sys
+from fastpref.config import load_config
+from fastpref.plan.report import make_plan
+print(make_plan(load_config(sys.argv[1]), 1, "cpu").best.total)
+"""
