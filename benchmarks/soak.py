@@ -239,7 +239,7 @@ def report(rows: Sequence[dict[str, Any]], path: Path) -> None:
         f"{len(rows)} kill -9 in {len(runs)} runs on {rows[0]['ranks']} rank(s), engine {rows[0]['engine']}; each run "
         f"resumed to its end: {len(runs) - len(lost)} are the uninterrupted one in weights (bit for bit), metrics and "
         f"work of UNet, VAE and scorer; lost: {', '.join(lost) or 'none'}. {sum(n > 0 for n in again)} of them encoded "
-        f"prompts again (at most {max(again)}), as these are not in checkpoints. A forward in a rollout or in a training "
+        f"prompts again (at most {max(again)}), as these are not in checkpoints. A forward in a rollout or in training "
         f"step counts in both rows.\n\n"
     )
     write_bytes(path, f"{about}{markdown(['died in', *METHODS], table)}\n".encode())
