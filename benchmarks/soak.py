@@ -7,7 +7,8 @@ One after another, small DPO, RPO and SPO runs (a random SDXL, 40 pairs) are sta
 times each, and left to finish. A moment is a phase, how often it was entered since the start, and a time up to its
 longest duration and a little more; all come from the seed, and where the process then was says its last mark. With
 several ranks one is killed, the launcher has to fail, and nobody may live on. A run is lost if it does not finish, or
-if weights, metrics (but for seconds) or counted work differ from the uninterrupted run's.
+if weights, metrics (but for seconds) or the counted work of UNet, VAE and scorer differ from the uninterrupted run's.
+Encoded prompts are kept in memory, not in checkpoints: how many a resumed run had to encode again is a column.
 
 Every finished run is written down in the work folder, and a soak that is stopped goes on with the next one. The table
 is in results/soak.csv and soak.md; exit code 1 if a run was lost.
@@ -146,25 +147,22 @@ def soak_run(machine: Machine, method: str, number: int, seed: int, kills: int) 
         died, fault = kill_at(machine, method, name, moment, rng.random())
         if died is None:
             break
-        rows.append({"method": method, "run": number, "kill": len(rows) + 1, "rank": moment.rank, "seed": seed})
-        rows[-1] |= {
-            "aimed_at": phase,
-            "entry": moment.entry,
-            "died_in": died,
-            "checkpoint": newest_step(run / "checkpoints"),
-        }
+        row = {"method": method, "run": number, "kill": len(rows) + 1, "rank": moment.rank, "seed": seed}
+        row |= {"aimed_at": phase, "entry": moment.entry, "died_in": died.phase, "within": died.parent}
+        rows.append(row | {"checkpoint": newest_step(run / "checkpoints")})
     if not rows:
         raise SystemExit(f"{name}: {fault or 'was over before it could be killed'}: see {machine.work / 'log'}")
+    again = 0
     if not fault:
-        fault = finish(machine, method, name)
-    rows = [row | {"resumed": not fault, "identical": not fault, "fault": fault} for row in rows]
+        fault, again = finish(machine, method, name)
+    rows = [row | {"encoded_again": again, "identical": not fault, "fault": fault} for row in rows]
     if not fault:
         shutil.rmtree(run)
     return rows
 
 
-def kill_at(machine: Machine, method: str, name: str, moment: Moment, share: float) -> tuple[str | None, str]:
-    """Start the run and kill it; (the phase it died in, or None if it was over before, what went wrong)."""
+def kill_at(machine: Machine, method: str, name: str, moment: Moment, share: float) -> tuple[Marks | None, str]:
+    """Start the run and kill it; (the marks of the rank that died, None if it was over before, what went wrong)."""
     process, marks = machine.start(method, name, machine.work / "log")
     target, until = marks[moment.rank], time.monotonic() + SECONDS
     while process.poll() is None and target.entered(moment.phase) < moment.entry:
@@ -183,10 +181,10 @@ def kill_at(machine: Machine, method: str, name: str, moment: Moment, share: flo
         code = process.wait(SECONDS)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        return target.phase, "hangs after a rank was killed"
-    if code == 0:
-        return target.phase, "a killed run says it succeeded"
-    return target.phase, survivors(marks)
+        return target, "hangs after a rank was killed"
+    if code == 0:  # alone, it was over when the signal came
+        return (None, "") if machine.ranks == 1 else (target, "a killed run says it succeeded")
+    return target, survivors(marks)
 
 
 def survivors(marks: Sequence[Marks]) -> str:
@@ -199,48 +197,52 @@ def survivors(marks: Sequence[Marks]) -> str:
     return ""
 
 
-def finish(machine: Machine, method: str, name: str) -> str:
-    """Resume a run to its end and compare it with the uninterrupted one; what is wrong."""
+def finish(machine: Machine, method: str, name: str) -> tuple[str, int]:
+    """Resume a run to its end and compare it with the uninterrupted one; (what is wrong, prompts encoded again)."""
     process, _ = machine.start(method, name, machine.work / "log")
     try:
         if process.wait(SECONDS):
-            return f"exit {process.returncode} on the last resume"
+            return f"exit {process.returncode} on the last resume", 0
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        return "hangs on the last resume"
-    ours, whole = (result(machine.work / "runs" / run) for run in (name, f"{method}-whole"))
-    return ", ".join(f"{what} differ" for what in whole if ours[what] != whole[what])
+        return "hangs on the last resume", 0
+    (ours, encoded), (whole, needed) = (result(machine.work / "runs" / run) for run in (name, f"{method}-whole"))
+    return ", ".join(f"{what} differ" for what in whole if ours[what] != whole[what]), encoded - needed
 
 
-def result(run: Path) -> dict[str, Any]:
-    """What has to be equal of two runs."""
+def result(run: Path) -> tuple[dict[str, Any], int]:
+    """What has to be equal of two runs, and the prompts encoded."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
-    counted = {key: value for key, value in summary.items() if key.startswith(("unet_", "vae_", "text_"))}
+    counted = {key: value for key, value in summary.items() if key.startswith(("unet_", "vae_", "scorer_"))}
     weights = load_file(run / "pytorch_lora_weights.safetensors")  # the file's bytes vary: its metadata has no order
-    return {
+    equal = {
         "weights": {key: (str(value.dtype), value.shape, value.tobytes()) for key, value in weights.items()},
         "metrics": [{key: value for key, value in line.items() if key != "seconds"} for line in lines],
         "counts": counted,
     }
+    return equal, summary["text_forwards"]
 
 
 def report(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """soak.md: kills by phase and method."""
     table = []
-    for phase in (*PHASES, ELSEWHERE):
-        mine = [row for row in rows if row["died_in"] == phase]
-        kills = [str(sum(row["method"] == method for row in mine)) for method in METHODS]
-        table.append([phase, *kills, str(sum(bool(row["fault"]) for row in mine))])
-    sums = [str(sum(row["method"] == method for row in rows)) for method in METHODS]
-    table.append(["all", *sums, str(sum(bool(row["fault"]) for row in rows))])
-    runs = {(row["method"], row["run"]): row["fault"] for row in rows}
+    for phase in PHASES:
+        mine = [row for row in rows if phase in (row["died_in"], row["within"])]
+        table.append([phase, *(str(sum(row["method"] == method for row in mine)) for method in METHODS)])
+    for name, mine in ((ELSEWHERE, [row for row in rows if row["died_in"] == ELSEWHERE]), ("all", rows)):
+        table.append([name, *(str(sum(row["method"] == method for row in mine)) for method in METHODS)])
+    runs = {(row["method"], row["run"]): row for row in rows}
+    lost = [f"{method} run {run}: {row['fault']}" for (method, run), row in runs.items() if row["fault"]]
+    again = [int(row["encoded_again"]) for row in runs.values()]
     about = (
         f"{len(rows)} kill -9 in {len(runs)} runs on {rows[0]['ranks']} rank(s), engine {rows[0]['engine']}; each run "
-        f"resumed to its end: {sum(not fault for fault in runs.values())} are the uninterrupted one in weights "
-        f"(bit for bit), metrics and counted work, {sum(bool(fault) for fault in runs.values())} lost.\n\n"
+        f"resumed to its end: {len(runs) - len(lost)} are the uninterrupted one in weights (bit for bit), metrics and "
+        f"work of UNet, VAE and scorer; lost: {', '.join(lost) or 'none'}. {sum(n > 0 for n in again)} of them encoded "
+        f"prompts again (at most {max(again)}), as these are not in checkpoints. A forward in a rollout or in training "
+        f"step counts in both rows.\n\n"
     )
-    write_bytes(path, f"{about}{markdown(['died in', *METHODS, 'lost'], table)}\n".encode())
+    write_bytes(path, f"{about}{markdown(['died in', *METHODS], table)}\n".encode())
 
 
 def main() -> int:

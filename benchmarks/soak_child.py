@@ -19,52 +19,64 @@ from typing import Any
 
 import numpy as np
 
-# Phase → where it is, innermost last: a forward in a rollout is a forward.
+# Phase → the functions in which it is.
 PHASES = {
-    "opening": "fastpref.train.job:_open_trainer",
-    "data": "fastpref.data.sampling:Sampler.batch",
-    "loading": "fastpref.train.loader:Loader.take",
-    "batch": "fastpref.train.batch:BatchBuilder.build",
-    "forward": "fastpref.models.policy:Policy.predict",
-    "optimizer": "fastpref.train.trainer:Trainer.update",
-    "checkpoint": "fastpref.train.job:save_checkpoint",
-    "rollout": "fastpref.rollout.collect:Collector.collect",
-    "scoring": "fastpref.rollout.queue:ScoringQueue.results",
-    "training": "fastpref.train.transitions:TransitionObjective.loss",
-    "export": "fastpref.train.trainer:PolicyTrainer.export",
+    "opening": ("fastpref.train.job:_open_trainer",),
+    "data": (
+        "fastpref.data.sampling:Sampler.batch",
+        "fastpref.train.loader:Loader.take",
+        "fastpref.train.batch:BatchBuilder.build",
+    ),
+    "forward": ("fastpref.models.policy:Policy.predict",),
+    "backward": (
+        "fastpref.train.engine:LocalEngine.backward",
+        "fastpref.train.deepspeed_engine:ShardedEngine.backward",
+    ),
+    "optimizer": ("fastpref.train.engine:LocalEngine.launch", "fastpref.train.deepspeed_engine:ShardedEngine.launch"),
+    "checkpoint": ("fastpref.train.job:save_checkpoint",),
+    "rollout": ("fastpref.rollout.collect:Collector.collect",),
+    "scoring": ("fastpref.rollout.queue:ScoringQueue.results",),
+    "training": ("fastpref.train.transitions:TransitionObjective.loss",),
+    "export": ("fastpref.train.trainer:PolicyTrainer.export",),
 }
-ELSEWHERE = "elsewhere"  # between the phases: imports, the backward, the metrics, the summary
+ELSEWHERE = "elsewhere"  # between the phases: imports, the loss, the metrics, the summary
 _NAMES = [ELSEWHERE, *PHASES]
+_PID, _PHASE, _PARENT, _COUNTS = range(4)
+_LONGEST = _COUNTS + len(_NAMES)
 
 
 class Marks:
     """What a rank tells: its process, its phase, how often each was entered, and the longest stay in nanoseconds."""
 
     def __init__(self, file: Path, create: bool = False) -> None:
-        size = 2 + 2 * len(_NAMES)
-        self._table = np.memmap(file, np.int64, "w+" if create else "r+", shape=(size,))
+        self._table = np.memmap(file, np.int64, "w+" if create else "r+", shape=(_LONGEST + len(_NAMES),))
 
     def begin(self) -> None:
         """Called by the rank."""
-        self._table[0] = os.getpid()
+        self._table[_PID] = os.getpid()
 
     @property
     def pid(self) -> int:
         """0 until the rank runs."""
-        return int(self._table[0])
+        return int(self._table[_PID])
 
     @property
     def phase(self) -> str:
         """The one that the rank is in, or died in."""
-        return _NAMES[int(self._table[1])]
+        return _NAMES[int(self._table[_PHASE])]
+
+    @property
+    def parent(self) -> str:
+        """The one in which it came to that: a forward is in a rollout or in a training step."""
+        return _NAMES[int(self._table[_PARENT])]
 
     def entered(self, phase: str) -> int:
         """How often the rank came there."""
-        return int(self._table[2 + _NAMES.index(phase)])
+        return int(self._table[_COUNTS + _NAMES.index(phase)])
 
     def longest(self, phase: str) -> float:
         """Seconds."""
-        return float(self._table[2 + len(_NAMES) + _NAMES.index(phase)]) / 1e9
+        return float(self._table[_LONGEST + _NAMES.index(phase)]) / 1e9
 
     def marked(self, phase: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         """``plain``, telling about itself; of what other threads do, only how often."""
@@ -72,17 +84,17 @@ class Marks:
 
         @functools.wraps(plain)
         def telling(*arguments: Any, **keywords: Any) -> Any:
-            self._table[2 + number] += 1
+            table = self._table
+            table[_COUNTS + number] += 1
             if threading.current_thread() is not threading.main_thread():
                 return plain(*arguments, **keywords)
-            before, began = int(self._table[1]), time.perf_counter_ns()
-            self._table[1] = number
+            before, began = (int(table[_PHASE]), int(table[_PARENT])), time.perf_counter_ns()
+            table[_PARENT], table[_PHASE] = before[0], number
             try:
                 return plain(*arguments, **keywords)
             finally:
-                place = 2 + len(_NAMES) + number
-                self._table[place] = max(int(self._table[place]), time.perf_counter_ns() - began)
-                self._table[1] = before
+                table[_LONGEST + number] = max(int(table[_LONGEST + number]), time.perf_counter_ns() - began)
+                table[_PHASE], table[_PARENT] = before
 
         return telling
 
@@ -92,7 +104,7 @@ def main() -> None:
     folder, arguments = Path(sys.argv[1]), sys.argv[2:]
     marks = Marks(folder / f"rank-{os.environ.get('RANK', '0')}")
     marks.begin()
-    for phase, place in PHASES.items():
+    for phase, place in ((phase, place) for phase, places in PHASES.items() for place in places):
         module, _, path = place.partition(":")
         owner: Any = importlib.import_module(module)
         *parents, name = path.split(".")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -19,14 +18,11 @@ class PeakMemory(TorchDispatchMode):
 
     Tensors named by :meth:`set_aside` leave the ``rest``, whose maximum is kept too: that is how gradients are told
     from activations.
-
-    Tensors that only a reference cycle holds are collected where the maximum grows, so that the count does not depend on
-    when Python happens to do it.
     """
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()
-        self.live = self.peak = self.rest = self.rest_peak = self._swept = 0
+        self.live = self.peak = self.rest = self.rest_peak = 0
         self._seen: Any = WeakIdKeyDictionary()
         for tensor in known:
             self._seen[tensor.untyped_storage()] = None
@@ -37,16 +33,6 @@ class PeakMemory(TorchDispatchMode):
             if isinstance(value, torch.Tensor):
                 self._count(value)
         return out
-
-    def __enter__(self) -> PeakMemory:
-        gc.collect()
-        gc.freeze()  # what is there already is not looked at again and again
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        gc.unfreeze()
 
     def set_aside(self, tensor: torch.Tensor) -> None:
         """Count the tensor among all, but no longer in the rest."""
@@ -64,17 +50,11 @@ class PeakMemory(TorchDispatchMode):
         self._seen[storage] = entry
         self.live += entry.size
         self.rest += entry.size
-        if self.live > self._swept:
-            gc.collect()
-            self._swept = int(_GROWTH * self.live)
         self.peak, self.rest_peak = max(self.peak, self.live), max(self.rest_peak, self.rest)
 
     def _drop(self, entry: _Entry) -> None:
         self.live -= entry.size
         self.rest -= 0 if entry.aside else entry.size
-
-
-_GROWTH = 1.02  # of what is alive before it is swept again
 
 
 class _Entry:
