@@ -36,3 +36,10 @@ def resident_bytes() -> int:
     from fastpref.train.telemetry import peak_rss_bytes
 
     return peak_rss_bytes()
+
+
+def moved(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on ``device``; from the CPU to a GPU by way of pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

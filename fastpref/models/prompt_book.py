@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fastpref.memory import moved
 from fastpref.models.guidance import empty_conditioning
 from fastpref.models.loading import TextStack, model_family
 from fastpref.models.policy import Conditioning
@@ -39,8 +40,8 @@ class PromptBook:
         rows = [self._known[prompt] for prompt in prompts]
         pooled = [row for _, row in rows if row is not None]
         return Conditioning(
-            torch.stack([row for row, _ in rows]).to(self.device),
-            torch.stack(pooled).to(self.device) if pooled else None,
+            moved(torch.stack([row for row, _ in rows]), self.device),
+            moved(torch.stack(pooled), self.device) if pooled else None,
             self._time_ids(len(rows)) if self._sdxl else None,
         )
 
@@ -57,7 +58,7 @@ class PromptBook:
 
     def _time_ids(self, rows: int) -> torch.Tensor:
         height, width = self.size
-        return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device).expand(
+        return moved(torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32), self.device).expand(
             rows, 6
         )
 

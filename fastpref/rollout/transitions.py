@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from fastpref.memory import moved
 from fastpref.rollout.pool import Pool, PoolSampler
 
 
@@ -37,7 +38,7 @@ class Transitions:
         return Transitions(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def to(self, device: torch.device) -> Transitions:
-        return Transitions(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return Transitions(*(moved(getattr(self, field.name), device) for field in fields(self)))
 
     def tensors(self) -> dict[str, Tensor]:
         """By name; a checkpoint keeps them, :class:`Transitions` takes them back."""

@@ -1,4 +1,4 @@
-"""What an offline step says about itself: numbers that stay on the device until the step after, then a metrics line."""
+"""What a step says about itself: numbers that stay on the device until the step after, then a metrics line."""
 
 from __future__ import annotations
 
@@ -12,10 +12,28 @@ from fastpref.objectives import PairRewards
 MAX_LOGIT_NOISE = 0.05
 
 
+class Arriving:
+    """Scalars on their way from ``device`` to the host; the device has gone on long since when they are read."""
+
+    def __init__(self, figures: dict[str, torch.Tensor], device: torch.device) -> None:
+        self.names = list(figures)
+        self._numbers = torch.stack([figure.double().reshape(()) for figure in figures.values()])
+        self._numbers = self._numbers.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if device.type == "cuda" else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> dict[str, float]:
+        """The numbers by name; waits for them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return dict(zip(self.names, self._numbers.tolist(), strict=True))
+
+
 def step_figures(
     rewards: PairRewards, loss: torch.Tensor, norm: torch.Tensor, effective_contrasts: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
-    """The figures of a global batch as fp64 scalars on its device; nothing here waits for it."""
+    """The figures of a global batch as scalars on its device; nothing here waits for it."""
     figures = {"loss": loss, "grad_norm": norm, "err_winner": rewards.error_w.mean()}
     if rewards.reward_l is not None and rewards.error_l is not None:
         margin = rewards.reward_w - rewards.reward_l
@@ -26,7 +44,7 @@ def step_figures(
         figures["accuracy"] = (margin > 0).double().mean()
     if effective_contrasts is not None:
         figures["effective_contrasts"] = effective_contrasts
-    return {name: figure.double().reshape(()) for name, figure in figures.items()}
+    return figures
 
 
 _KEYS = ("loss", "reward_winner", "reward_loser", "err_winner", "err_loser", "margin", "accuracy", "grad_norm")

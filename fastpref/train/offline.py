@@ -10,7 +10,6 @@ simply kept; with several, ``accumulation`` says whether the rewards come first 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +27,7 @@ from fastpref.models.policy import Policy, load_policy
 from fastpref.objectives import Objective, PairRewards, Solution, build_objective
 from fastpref.train.batch import BatchBuilder, PairBatch
 from fastpref.train.engine import Engine, open_engine
-from fastpref.train.figures import check_untrained, step_figures, step_metrics
+from fastpref.train.figures import Arriving, check_untrained, step_figures, step_metrics
 from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_store
 from fastpref.train.loader import Loaded, Loader
 from fastpref.train.optim import learning_rate_at
@@ -108,22 +107,9 @@ class OfflineTrainer(PolicyTrainer):
         with phase("optimizer"):
             norm = self.engine.launch(rate, outcome.loss)
         with phase("logging"):
-            figures = step_figures(outcome.rewards, outcome.loss, norm, outcome.effective_contrasts)
-            numbers = torch.stack(list(figures.values())).to("cpu", non_blocking=True)
-            arrived = torch.cuda.Event() if self.policy.device.type == "cuda" else None
-            if arrived is not None:
-                arrived.record()
-
-        def metrics() -> dict[str, Any]:
-            if arrived is not None:
-                arrived.synchronize()
-            found = dict(zip(figures, numbers.tolist(), strict=True))
-            if not (math.isfinite(found["loss"]) and math.isfinite(found["grad_norm"])):
-                self.count_skip(step, found["loss"])
-                found["grad_norm"] = None
-            return step_metrics(step, found, rate)
-
-        return metrics
+            found = step_figures(outcome.rewards, outcome.loss, norm, outcome.effective_contrasts)
+            figures = Arriving(found, self.policy.device)
+        return lambda: step_metrics(step, self.checked(step, figures.read()), rate)
 
     def _separate(self, step: int) -> _Outcome:
         """Every pair on its own: forward, solve, backward, one micro-batch at a time."""

@@ -12,7 +12,9 @@ looks at the noisy latents themselves.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +27,7 @@ from fastpref.config import Config
 from fastpref.data.sampling import BatchPlan, Sampler
 from fastpref.data.store import Store
 from fastpref.errors import UserError
+from fastpref.memory import moved
 from fastpref.models.latent_reward import LatentRewardModel, fixed_time_ids, text_rows
 from fastpref.models.latent_reward_file import (
     FOLDER_NAME as LATENT_FOLDER_NAME,
@@ -50,7 +53,9 @@ from fastpref.models.work import Work
 from fastpref.objectives.step_preference import preference_cross_entropy, prompt_weights
 from fastpref.train.batch import BatchBuilder, PairBatch
 from fastpref.train.engine import Engine, open_engine
+from fastpref.train.figures import Arriving
 from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_store
+from fastpref.train.optim import learning_rate_at
 from fastpref.train.profile import phase
 from fastpref.train.trainer import Trainer
 from fastpref.train.world import World
@@ -146,22 +151,43 @@ class PreferenceTrainer(Trainer):
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step (0-based); returns its metrics over the global batch."""
-        plan = self.sampler.batch(step)
-        weights = prompt_weights(torch.from_numpy(self.batches.store.pairs_per_caption(plan.indices)))
+        return self.launch(step)()
+
+    def launch(self, step: int) -> Callable[[], dict[str, Any]]:
+        """The step without waiting for the device; its numbers are asked for afterwards."""
+        rate = learning_rate_at(self.config, step)
+        self.engine.begin(step, rate)
+        with phase("data"):
+            plan = self.sampler.batch(step)
+            weights = prompt_weights(torch.from_numpy(self.batches.store.pairs_per_caption(plan.indices)))
         parts = []
         for rows in self.micro_batches(self.config.batch_size):
-            batch = self.batches.build(plan, rows)
+            with phase("data"):
+                batch = self.batches.build(plan, rows)
+                captions = self.batches.store.captions(plan.indices[rows])
             with phase("policy forward"):
-                winner, loser = self._scores(batch, self.batches.store.captions(plan.indices[rows]))
+                winner, loser = self._scores(batch, captions)
             label = self._labels(plan, rows, batch).to(winner)
-            weighted = weights[rows].to(winner) * preference_cross_entropy(winner, loser, label)
+            with phase("loss"):
+                weighted = moved(weights[rows].to(winner.dtype), winner.device)
+                weighted = weighted * preference_cross_entropy(winner, loser, label)
             with phase("backward"):
                 self.engine.backward(weighted.sum())
             parts.append(torch.stack([winner, loser, label, weighted]).detach())
-        results = self.engine.world.gather(torch.cat(parts, dim=1))
-        loss = float(results[3].double().sum())
-        norm, rate = self.update(step, loss)
-        return {"step": step + 1, "loss": loss, **_figures(results), "grad_norm": norm, "lr": rate}
+        with phase("communication"):
+            results = self.engine.world.gather(torch.cat(parts, dim=1))
+        loss = results[3].double().sum()
+        with phase("optimizer"):
+            norm = self.engine.launch(rate, loss)
+        with phase("logging"):
+            figures = Arriving({"loss": loss, **_figures(results), "grad_norm": norm}, winner.device)
+        return partial(self._metrics, step, figures, rate)
+
+    def _metrics(self, step: int, figures: Arriving, rate: float) -> dict[str, Any]:
+        found = self.checked(step, figures.read())
+        if math.isnan(found["accuracy"] or 0.0):
+            found["accuracy"] = None  # ties only
+        return {"step": step + 1, **found, "lr": rate}
 
     def _labels(self, plan: BatchPlan, rows: slice, batch: PairBatch) -> torch.Tensor:
         """(n,) probability that the winner is preferred."""
@@ -194,7 +220,7 @@ class StepPreferenceTrainer(PreferenceTrainer):
         images = self.one_step.images(batch.noisy, batch.timesteps, batch.conditioning)
         distinct = list(dict.fromkeys(captions))
         place = {caption: row for row, caption in enumerate(distinct)}
-        own = torch.tensor([place[caption] for caption in captions], device=images.device)
+        own = moved(torch.tensor([place[caption] for caption in captions]), images.device)
         with self._autocast():
             texts = self.model.embed_texts(distinct).index_select(0, own)
             pictures = self.model.embed_images(images, batch.timesteps)
@@ -235,15 +261,16 @@ class LatentRewardTrainer(PreferenceTrainer):
         return self.model.score(latents, texts).view(2, -1)
 
 
-def _figures(results: torch.Tensor) -> dict[str, float | None]:
+def _figures(results: torch.Tensor) -> dict[str, torch.Tensor]:
     """Means over the pairs of ``results``: rows winner's score, loser's score, label and so on. Ties have no winner."""
     winner, loser, label = results[:3].double()
-    right = ((winner - loser) * (label - 0.5) > 0)[label != 0.5]
+    decided = label != 0.5
+    right = decided & ((winner - loser) * (label - 0.5) > 0)
     return {
-        "score_winner": float(winner.mean()),
-        "score_loser": float(loser.mean()),
-        "margin": float((winner - loser).mean()),
-        "accuracy": float(right.double().mean()) if len(right) else None,
+        "score_winner": winner.mean(),
+        "score_loser": loser.mean(),
+        "margin": (winner - loser).mean(),
+        "accuracy": right.sum().double() / decided.sum(),
     }
 
 

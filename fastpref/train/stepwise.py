@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ from fastpref.rollout.scorers import open_scorer
 from fastpref.rollout.transitions import Selection, Transitions, select, thresholds
 from fastpref.train.deepspeed_config import read_settings, zero_stage
 from fastpref.train.engine import Engine, open_engine
+from fastpref.train.figures import Arriving
 from fastpref.train.inputs import open_pool_sampler, open_prompts, open_schedule
+from fastpref.train.optim import learning_rate_at
 from fastpref.train.profile import phase
 from fastpref.train.trainer import PolicyTrainer
 from fastpref.train.transitions import TransitionObjective
@@ -141,30 +144,37 @@ class StepwiseTrainer(PolicyTrainer):
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step (0-based); returns its metrics over the global batch."""
+        return self.launch(step)()
+
+    def launch(self, step: int) -> Callable[[], dict[str, Any]]:
+        """The step without waiting for the device; its numbers are asked for afterwards. A round that begins waits."""
         if self.position == len(self.batches):
             self._next_round(step)
-        assert self.transitions is not None
-        began = time.perf_counter()
-        rows = self.batches[self.position]
-        parts, loss = [], torch.zeros((), dtype=torch.float64)
+        assert self.transitions is not None and self.record is not None
+        began, rate = time.perf_counter(), learning_rate_at(self.config, step)
+        self.engine.begin(step, rate)
+        rows, losses, parts = self.batches[self.position], [], []
         for micro in self.micro_batches(len(rows)):
             own = rows[micro]
-            part = self.transitions.rows(own if len(own) else rows[:1]).to(self.policy.device)
+            part = self.transitions.rows(own if len(own) else rows[:1])
             value, ratios = self.objective.loss(part)
             scaled = value * (len(own) / len(rows))
             with phase("backward"):
                 self.engine.backward(scaled)
             self.policy.count_backward(self.objective.unet_rows(part))
-            loss += scaled.detach().double().cpu()
+            losses.append(scaled.detach().double())
             parts.append(ratios[:, : len(own)])
         with phase("communication"):
             found = self.engine.world.gather(torch.cat(parts, dim=1))
-            total = float(self.engine.world.gather(loss.view(1, 1)).sum())
-        norm, rate = self.update(step, total)
+            loss = self.engine.world.gather(torch.stack(losses).sum().view(1, 1)).sum()
+        with phase("optimizer"):
+            norm = self.engine.launch(rate, loss)
+        with phase("logging"):
+            figures = Arriving(self._figures(loss, norm, found), self.policy.device)
         self.position += 1
         self.seconds += time.perf_counter() - began
         self._close_round(len(rows))
-        return self._metrics(step, total, found, norm, rate)
+        return partial(self._metrics, step, figures, rate, self.round, self.record.line.get("pairs_kept"))
 
     def _next_round(self, step: int) -> None:
         """Roll out until a round has pairs.
@@ -262,23 +272,25 @@ class StepwiseTrainer(PolicyTrainer):
         for name, amount in amounts.items():
             self.totals[name] = self.totals.get(name, 0) + amount
 
-    def _metrics(self, step: int, loss: float, found: Tensor, norm: float | None, rate: float) -> dict[str, Any]:
-        winner, loser = found.double()
+    def _figures(self, loss: Tensor, norm: Tensor, ratios: Tensor) -> dict[str, Tensor]:
+        winner, loser = ratios.double()
         clip = math.inf if self.config.ratio_clip is None else self.config.ratio_clip
-        assert self.record is not None
         return {
-            "step": step + 1,
-            "round": self.round,
             "loss": loss,
-            "ratio_winner": float(winner.mean()),
-            "ratio_loser": float(loser.mean()),
-            "ratio_clipped": float(((found.double() - 1).abs() > clip).double().mean()),
-            "margin": float((winner.log() - loser.log()).mean()),
-            "accuracy": float((winner > loser).double().mean()),
-            "pairs_kept": self.record.line.get("pairs_kept"),
+            "ratio_winner": winner.mean(),
+            "ratio_loser": loser.mean(),
+            "ratio_clipped": ((ratios.double() - 1).abs() > clip).double().mean(),
+            "margin": (winner.log() - loser.log()).mean(),
+            "accuracy": (winner > loser).double().mean(),
             "grad_norm": norm,
-            "lr": rate,
         }
+
+    def _metrics(
+        self, step: int, figures: Arriving, rate: float, number: int, pairs_kept: int | None
+    ) -> dict[str, Any]:
+        found = self.checked(step, figures.read())
+        norm = found.pop("grad_norm")
+        return {"step": step + 1, "round": number, **found, "pairs_kept": pairs_kept, "grad_norm": norm, "lr": rate}
 
 
 _TOTALS = (

@@ -18,8 +18,6 @@ from fastpref.errors import UserError
 from fastpref.models.policy import Policy
 from fastpref.models.work import Work
 from fastpref.train.engine import Engine
-from fastpref.train.optim import learning_rate_at
-from fastpref.train.profile import phase
 from fastpref.watch import Watch
 
 
@@ -86,22 +84,20 @@ class Trainer(ABC):
             return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
         return [slice(s, min(s + size, share.stop)) for s in range(share.start, share.stop, size)]
 
-    def update(self, step: int, loss: float) -> tuple[float | None, float]:
-        """Apply the gradients; (their norm, learning rate). Without a finite loss and norm nothing changes: (None, …).
+    def checked(self, step: int, figures: dict[str, float]) -> dict[str, float | None]:
+        """A step's ``figures``; without a finite ``loss`` and ``grad_norm`` it changed nothing, is booked, has no norm.
 
         Raises:
             UserError: more than ``max_skipped_steps`` steps came to nothing.
         """
-        rate = learning_rate_at(self.config, step)
-        with phase("optimizer"):
-            norm = self.engine.step(rate) if math.isfinite(loss) else None
-        if norm is None:
-            self.engine.discard()
-            self.count_skip(step, loss)
-        return norm, rate
+        found: dict[str, float | None] = dict(figures)
+        if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
+            self.count_skip(step, figures["loss"])
+            found["grad_norm"] = None
+        return found
 
     def count_skip(self, step: int, loss: float) -> None:
-        """Book a step that changed nothing; raises :class:`UserError` as :meth:`update` does."""
+        """Book a step that changed nothing; raises :class:`UserError` as :meth:`checked` does."""
         self.skipped += 1
         if self.skipped > self.config.max_skipped_steps:
             error = UserError(

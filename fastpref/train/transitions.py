@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpref.config import Config
+from fastpref.memory import moved
 from fastpref.models.guidance import GuidedRows
 from fastpref.models.policy import Policy
 from fastpref.models.prompt_book import PromptBook
@@ -27,31 +28,39 @@ class TransitionObjective:
         self, config: Config, policy: Policy, book: PromptBook, sampler: PoolSampler, prompts: Sequence[str]
     ) -> None:
         self.config, self.policy, self.book, self.sampler, self.prompts = config, policy, book, sampler, prompts
-        steps = torch.tensor(sampler.steps, device=policy.device)
-        self._t, self._t_prev = steps.unbind(dim=1)
+        self._steps = torch.tensor(sampler.steps)  # (S, 2): t, t_prev
         self._alphas = sampler.schedule.alphas_cumprod.to(policy.device)
 
     def loss(self, part: Transitions) -> tuple[Tensor, Tensor]:
-        """(mean loss with its graph, (2, m) likelihood ratios of win and lose before clipping) of m transitions."""
+        """(mean loss with its graph, (2, m) likelihood ratios of win and lose before clipping) of m transitions.
+
+        ``part`` is on the CPU, where it is looked up without waiting for the device.
+        """
         shared, apart = part.shared.nonzero().flatten(), (~part.shared).nonzero().flatten()
-        states = torch.cat([part.x_t[shared], part.x_t[apart], part.x_t_l[apart]])
-        rows = torch.cat([shared, apart, apart])
-        timesteps = self._t[part.step[rows]]
-        conditioning = self.book.conditioning([self.prompts[i] for i in part.prompt[rows].tolist()])
+        order, together, aside = torch.cat([shared, apart]), slice(0, len(shared)), slice(len(shared), None)
+        back = moved(order.argsort(), self.policy.device)
+        conditioning = self.book.conditioning(
+            [self.prompts[i] for i in part.prompt[torch.cat([order, apart])].tolist()]
+        )
+        times = moved(self._steps[part.step[order]], self.policy.device)
+        part = part.rows(order).to(self.policy.device)
+        states = torch.cat([part.x_t, part.x_t_l[aside]])
+        timesteps = torch.cat([times[:, 0], times[aside, 0]])
         predicted = []
         for name, predict in (("policy forward", self.policy.predict), ("reference", self.policy.predict_reference)):
             with phase(name):
                 guided = GuidedRows(predict, conditioning, self.book.empty(), self.config.guidance_scale)
                 predicted.append(guided(states, timesteps))
         policy, reference = predicted
-        loss, ratios = states.new_zeros(()), part.x_w.new_empty(2, len(part))
-        for chosen, cut in ((shared, slice(0, len(shared))), (apart, slice(len(shared), None))):
-            if len(chosen):
-                value, ratios[:, chosen] = self._compare(
-                    part.rows(chosen), states[cut], _cut(policy, cut), _cut(reference, cut)
-                )
-                loss = loss + value * (len(chosen) / len(part))
-        return loss, ratios
+        loss, ratios = states.new_zeros(()), []
+        for chosen in (together, aside):
+            own = part.rows(chosen)
+            if len(own):
+                branches = _cut(policy, chosen), _cut(reference, chosen)
+                value, found = self._compare(own, times[chosen], states[chosen], *branches)
+                loss = loss + value * (len(own) / len(part))
+                ratios.append(found)
+        return loss, torch.cat(ratios, dim=1).index_select(1, back)
 
     def unet_rows(self, part: Transitions) -> int:
         """Rows of one UNet pass over ``part``."""
@@ -59,7 +68,7 @@ class TransitionObjective:
         return states * (2 if self.config.guidance_scale != 1.0 else 1)
 
     def _compare(
-        self, part: Transitions, states: Tensor, policy: Branches, reference: Branches
+        self, part: Transitions, times: Tensor, states: Tensor, policy: Branches, reference: Branches
     ) -> tuple[Tensor, Tensor]:
         result = transition_loss(
             *policy,
@@ -68,8 +77,7 @@ class TransitionObjective:
             part.x_w,
             part.x_l,
             self._alphas,
-            self._t[part.step],
-            self._t_prev[part.step],
+            *(column.contiguous() for column in times.unbind(dim=1)),
             guidance_scale=self.config.guidance_scale,
             eta=self.config.eta,
             beta=self.config.beta,

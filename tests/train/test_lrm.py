@@ -44,11 +44,11 @@ def loss_and_gradient(config: Config) -> tuple[dict[str, Any], torch.Tensor, Lat
     trainer = open_trainer(config)
     kept: list[torch.Tensor] = []
 
-    def keep(rate: float) -> float:
+    def keep(rate: float, loss: torch.Tensor) -> torch.Tensor:
         kept.append(torch.cat([p.grad.flatten() for p in trainer.model.trainable.values() if p.grad is not None]))
-        return 0.0
+        return torch.zeros(())
 
-    trainer.engine.step = keep  # type: ignore[method-assign]
+    trainer.engine.launch = keep  # type: ignore[method-assign]
     return trainer.step(0), kept[0], trainer
 
 

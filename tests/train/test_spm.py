@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from read_backs import ReadBacks
 from safetensors.torch import load_file
 
 from fastpref.config import Config, load_config
@@ -79,12 +80,21 @@ def loss_and_gradient(config: Config, step: int = 0) -> tuple[dict[str, Any], to
     trainer = open_trainer(config)
     kept: list[torch.Tensor] = []
 
-    def keep(rate: float) -> float:
+    def keep(rate: float, loss: torch.Tensor) -> torch.Tensor:
         kept.append(torch.cat([p.grad.flatten() for p in trainer.model.trainable.values() if p.grad is not None]))
-        return 0.0
+        return torch.zeros(())
 
-    trainer.engine.step = keep  # type: ignore[method-assign]
+    trainer.engine.launch = keep  # type: ignore[method-assign]
     return trainer.step(step), kept[0], trainer
+
+
+def test_nothing_is_read_back_before_the_step_is_under_way(spm: Recipe) -> None:
+    ahead, waiting = open_trainer(spm("micro_batch_size=4")), open_trainer(spm("micro_batch_size=4"))
+    with ReadBacks() as seen:
+        launched = [ahead.launch(step) for step in range(2)]
+    # rows of the store are looked up on the CPU
+    assert set(seen.found) <= {"aten._local_scalar_dense"} and seen.found.total() <= 3 * 4
+    assert [metrics() for metrics in launched] == [waiting.step(step) for step in range(2)]
 
 
 def train(config: Config) -> Path:

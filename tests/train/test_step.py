@@ -7,7 +7,6 @@ import gzip
 import json
 import math
 import threading
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from read_backs import ReadBacks
 
 from fastpref.config import Config
 from fastpref.errors import UserError
@@ -32,22 +31,6 @@ def trainer_of(config: Config) -> OfflineTrainer:
     trainer = TrainJob.open(config).trainer
     assert isinstance(trainer, OfflineTrainer)
     return trainer
-
-
-class ReadBacks(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: values read into Python and sizes that depend on values."""
-
-    WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.unique")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).rsplit(".", 1)[0]
-        if name.startswith(self.WAITING):
-            self.found[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

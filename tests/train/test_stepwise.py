@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from read_backs import ReadBacks
 from safetensors.torch import load_file
 
 from fastpref.config import Config, load_config, save_config
@@ -164,6 +165,21 @@ def test_the_ratio_is_exactly_one_at_the_start(recipe: Recipe, tmp_path: Path, p
     assert metrics["ratio_winner"] == metrics["ratio_loser"] == 1.0
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert trainer.step(1)["ratio_winner"] != 1.0
+
+
+@pytest.mark.parametrize("inner", [0, 1])
+def test_nothing_is_read_back_between_rollouts(recipe: Recipe, tmp_path: Path, inner: int) -> None:
+    """And what arrives a step late is what waiting for each step gives."""
+    settings = (f"inner_steps={inner}", "batch_size=2", "micro_batch_size=1")
+    ahead, waiting = (opened(recipe(*settings), tmp_path / name) for name in ("ahead", "waiting"))
+    ahead.step(0)
+    assert len(ahead.batches) >= 3
+    with ReadBacks() as seen:
+        launched = [ahead.launch(step) for step in (1, 2)]
+    micro = sum(len(ahead.micro_batches(len(ahead.batches[number]))) for number in (1, 2))
+    # what is shared is looked up and counted where the transitions lie, on the CPU
+    assert seen.found == {"aten.nonzero": 2 * micro, "aten._local_scalar_dense": micro}
+    assert [metrics() for metrics in launched] == [waiting.step(step) for step in range(3)][1:]
 
 
 def counting(unet: Any, counted: Counter[str]) -> list[Any]:
