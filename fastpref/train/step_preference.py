@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ from fastpref.train.batch import BatchBuilder, PairBatch
 from fastpref.train.engine import Engine, open_engine
 from fastpref.train.figures import Arriving
 from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_store
+from fastpref.train.loader import Loader
 from fastpref.train.optim import learning_rate_at
 from fastpref.train.profile import phase
 from fastpref.train.trainer import Trainer
@@ -157,14 +158,13 @@ class PreferenceTrainer(Trainer):
         """The step without waiting for the device; its numbers are asked for afterwards."""
         rate = learning_rate_at(self.config, step)
         self.engine.begin(step, rate)
-        with phase("data"):
-            plan = self.sampler.batch(step)
-            weights = prompt_weights(torch.from_numpy(self.batches.store.pairs_per_caption(plan.indices)))
+        plan, store = self.sampler.batch(step), self.batches.store
+        weights = prompt_weights(torch.from_numpy(store.pairs_per_caption(plan.indices)))
         parts = []
-        for rows in self.micro_batches(self.config.batch_size):
+        for number, rows in enumerate(self._loader.micro_batches):
             with phase("data"):
-                batch = self.batches.build(plan, rows)
-                captions = self.batches.store.captions(plan.indices[rows])
+                stored = self._loader.take(step, number).stored
+            batch, captions = self.batches.build(plan, rows, stored), store.captions(plan.indices[rows])
             with phase("policy forward"):
                 winner, loser = self._scores(batch, captions)
             label = self._labels(plan, rows, batch).to(winner)
@@ -182,6 +182,11 @@ class PreferenceTrainer(Trainer):
         with phase("logging"):
             figures = Arriving({"loss": loss, **_figures(results), "grad_norm": norm}, winner.device)
         return partial(self._metrics, step, figures, rate)
+
+    @cached_property
+    def _loader(self) -> Loader:
+        micro = self.micro_batches(self.config.batch_size)
+        return Loader(self.sampler, self.batches, micro, with_embeddings=False)
 
     def _metrics(self, step: int, figures: Arriving, rate: float) -> dict[str, Any]:
         found = self.checked(step, figures.read())
