@@ -80,7 +80,7 @@ class CheckpointWriter:
         draft = Draft(self.folder, step, values, self.keep, self.world, spared)
         draft.open()
         copies = {name: _copied(value) for name, value in tensors.items()}
-        self._draft, self._written = draft, self._thread.submit(self._write, draft, copies)
+        self._draft, self._written = draft, self._thread.submit(self.write, draft, copies)
 
     def look(self) -> None:
         """Notice, without waiting for a disk, that the checkpoint under way is written, or cannot be.
@@ -105,19 +105,23 @@ class CheckpointWriter:
             with self.world.together():
                 checksum = written.result()
             if self.world.size > 1:
-                draft.commit(checksum)
+                self.commit(draft, checksum)
         except UserError:
             draft.drop()
             raise
         self.saved = draft.step
 
-    def _write(self, draft: Draft, tensors: State) -> str:
-        """The thread's work."""
+    def write(self, draft: Draft, tensors: State) -> str:
+        """What the thread does; the checksum of this rank's part."""
         self.before()
         checksum = draft.write(tensors)
         if self.world.size == 1:
             draft.commit(checksum)
         return checksum
+
+    def commit(self, draft: Draft, checksum: str) -> None:
+        """What several ranks do together once all have written."""
+        draft.commit(checksum)
 
     def _may_copy(self, tensors: State) -> bool:
         """The ranks' verdict: they may share a machine, so what they copy counts together."""
