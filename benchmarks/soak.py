@@ -7,7 +7,8 @@ One after another, small DPO, RPO and SPO runs (a random SDXL, 40 pairs) are sta
 times each, and left to finish. A moment is a phase, how often it was entered since the start, and a time up to its
 longest duration and a little more; all come from the seed, and where the process then was says its last mark. With
 several ranks one is killed, the launcher has to fail, and nobody may live on. A run is lost if it does not finish, or
-if weights, metrics (but for seconds) or the counted work of UNet, VAE and scorer differ from the uninterrupted run's.
+if weights, those of the best checkpoint, metrics (but for seconds) or the counted work of UNet, VAE and scorer differ
+from the uninterrupted run's.
 Encoded prompts are kept in memory, not in checkpoints: how many a resumed run had to encode again is a column.
 
 Every finished run is written down in the work folder, and a soak that is stopped goes on with the next one. The table
@@ -107,10 +108,11 @@ def prepare_work(work: Path) -> None:
 
 
 def recipe(method: str, work: Path) -> dict[str, Any]:
-    """Small, with every kind of state: an EMA, a warm-up, dropout, groups over micro-batches, rounds half trained."""
+    """Small, with every kind of state: EMA, warm-up, dropout, groups over micro-batches, half a round, the best."""
     base = {"method": method, "model": f"{work}/model", "clip": f"{work}/clip", "records": f"{work}/records.parquet"}
     base |= {"store": f"{work}/store", "evaluate": False, "tracker": "none", "shard_size": 10, "threads": 1}
     base |= {"steps": 24, "batch_size": 8, "lora_rank": 4, "warmup_steps": 4, "ema_decay": 0.9, "checkpoint_every": 2}
+    base |= {"keep_best": "loss"}
     if method != "spo":
         return base | {"micro_batch_size": 4, "caption_dropout": 0.2, **({"group_size": 8} if method == "rpo" else {})}
     rollout = {"sample_steps": 6, "plain_steps": 2, "candidates": 3, "rollout_prompts": 4, "rollout_batch_size": 2}
@@ -149,6 +151,7 @@ def soak_run(machine: Machine, method: str, number: int, seed: int, kills: int) 
             break
         row = {"method": method, "run": number, "kill": len(rows) + 1, "rank": moment.rank, "seed": seed}
         row |= {"aimed_at": phase, "entry": moment.entry, "died_in": died.phase, "within": died.parent}
+        row["beside"] = died.beside
         rows.append(row | {"checkpoint": newest_step(run / "checkpoints")})
     if not rows:
         raise SystemExit(f"{name}: {fault or 'was over before it could be killed'}: see {machine.work / 'log'}")
@@ -215,20 +218,26 @@ def result(run: Path) -> tuple[dict[str, Any], int]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
     counted = {key: value for key, value in summary.items() if key.startswith(("unet_", "vae_", "scorer_"))}
-    weights = load_file(run / "pytorch_lora_weights.safetensors")  # the file's bytes vary: its metadata has no order
     equal = {
-        "weights": {key: (str(value.dtype), value.shape, value.tobytes()) for key, value in weights.items()},
+        "weights": exported(run),
+        "best": (summary["best_checkpoint"], exported(run / "best")),
         "metrics": [{key: value for key, value in line.items() if key != "seconds"} for line in lines],
         "counts": counted,
     }
     return equal, summary["text_forwards"]
 
 
+def exported(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """A LoRA's tensors; the file's bytes vary, because its metadata has no order."""
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    return {key: (str(value.dtype), value.shape, value.tobytes()) for key, value in weights.items()}
+
+
 def report(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """soak.md: kills by phase and method."""
     table = []
     for phase in PHASES:
-        mine = [row for row in rows if phase in (row["died_in"], row["within"])]
+        mine = [row for row in rows if phase in (row["died_in"], row["within"], row.get("beside"))]
         table.append([phase, *(str(sum(row["method"] == method for row in mine)) for method in METHODS)])
     for name, mine in ((ELSEWHERE, [row for row in rows if row["died_in"] == ELSEWHERE]), ("all", rows)):
         table.append([name, *(str(sum(row["method"] == method for row in mine)) for method in METHODS)])
@@ -240,7 +249,7 @@ def report(rows: Sequence[dict[str, Any]], path: Path) -> None:
         f"resumed to its end: {len(runs) - len(lost)} are the uninterrupted one in weights (bit for bit), metrics and "
         f"work of UNet, VAE and scorer; lost: {', '.join(lost) or 'none'}. {sum(n > 0 for n in again)} of them encoded "
         f"prompts again (at most {max(again)}), as these are not in checkpoints. A forward in a rollout or in training "
-        f"step counts in both rows.\n\n"
+        f"step counts in both rows, and so does a phase beside which a checkpoint was written.\n\n"
     )
     write_bytes(path, f"{about}{markdown(['died in', *METHODS], table)}\n".encode())
 

@@ -33,15 +33,20 @@ PHASES = {
         "fastpref.train.deepspeed_engine:ShardedEngine.backward",
     ),
     "optimizer": ("fastpref.train.engine:LocalEngine.launch", "fastpref.train.deepspeed_engine:ShardedEngine.launch"),
-    "checkpoint": ("fastpref.train.job:save_checkpoint",),
+    "checkpoint": (
+        "fastpref.train.checkpoint_writer:CheckpointWriter.save",
+        "fastpref.train.checkpoint_writer:CheckpointWriter.commit",
+        "fastpref.train.checkpoint_writer:CheckpointWriter.write",
+    ),
     "rollout": ("fastpref.rollout.collect:Collector.collect",),
     "scoring": ("fastpref.rollout.queue:ScoringQueue.results",),
     "training": ("fastpref.train.transitions:TransitionObjective.loss",),
     "export": ("fastpref.train.trainer:PolicyTrainer.export",),
 }
+BESIDE = "checkpoint"  # the one phase that may be in another thread for longer than a moment
 ELSEWHERE = "elsewhere"  # between the phases: imports, the loss, the metrics, the summary
 _NAMES = [ELSEWHERE, *PHASES]
-_PID, _PHASE, _PARENT, _COUNTS = range(4)
+_PID, _PHASE, _PARENT, _BESIDE, _COUNTS = range(5)
 _LONGEST = _COUNTS + len(_NAMES)
 
 
@@ -70,6 +75,11 @@ class Marks:
         """The one in which it came to that: a forward is in a rollout or in a training step."""
         return _NAMES[int(self._table[_PARENT])]
 
+    @property
+    def beside(self) -> str:
+        """The one in which another thread of the rank is, or was."""
+        return _NAMES[int(self._table[_BESIDE])]
+
     def entered(self, phase: str) -> int:
         """How often the rank came there."""
         return int(self._table[_COUNTS + _NAMES.index(phase)])
@@ -79,22 +89,24 @@ class Marks:
         return float(self._table[_LONGEST + _NAMES.index(phase)]) / 1e9
 
     def marked(self, phase: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-        """``plain``, telling about itself; of what other threads do, only how often."""
+        """``plain``, telling about itself; of what other threads do, only how often, but for :data:`BESIDE`."""
         number = _NAMES.index(phase)
 
         @functools.wraps(plain)
         def telling(*arguments: Any, **keywords: Any) -> Any:
             table = self._table
             table[_COUNTS + number] += 1
-            if threading.current_thread() is not threading.main_thread():
+            main = threading.current_thread() is threading.main_thread()
+            if not main and phase != BESIDE:
                 return plain(*arguments, **keywords)
-            before, began = (int(table[_PHASE]), int(table[_PARENT])), time.perf_counter_ns()
-            table[_PARENT], table[_PHASE] = before[0], number
+            places = [_PHASE, _PARENT] if main else [_BESIDE]
+            before, began = table[places], time.perf_counter_ns()
+            table[places] = [number, before[0]] if main else number
             try:
                 return plain(*arguments, **keywords)
             finally:
                 table[_LONGEST + number] = max(int(table[_LONGEST + number]), time.perf_counter_ns() - began)
-                table[_PHASE], table[_PARENT] = before
+                table[places] = before
 
         return telling
 

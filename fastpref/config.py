@@ -167,6 +167,16 @@ class Config(BaseModel):
     # Checkpoints and logs
     checkpoint_every: int = Field(500, ge=1, description="optimizer steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_best: Literal["loss", "accuracy", "margin"] | None = Field(
+        None,
+        description="keep the best checkpoint too, and its weights in best/: lowest loss, highest accuracy or margin, "
+        "mean over the training pairs of all steps since the checkpoint before it",
+    )
+    checkpoint_async: Literal["auto", True, False] = Field(
+        "auto",
+        description="write a copy in host memory while training goes on; auto: if all ranks' copies take less than a "
+        "quarter of what is free; the last checkpoint and a signal's are waited for",
+    )
     export_checkpoints: bool = Field(False, description="with each checkpoint its weights, as at the end, in exports/")
     profile: bool = Field(False, description="trace a few steps: profile/ in the run directory, and a table")
     log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")

@@ -45,6 +45,8 @@ def check_config(config: Config) -> None:
         raise ValueError(f"timestep_range is {list(config.timestep_range)}, must be [low, high) with 0 <= low < high")
     if config.safeguard is not None and config.method == "sft":
         raise ValueError("safeguard is set with method sft, which has no losers: remove it")
+    if config.keep_best in ("accuracy", "margin") and config.method == "sft":
+        raise ValueError(f"keep_best is {config.keep_best} with method sft, which has no losers: use loss")
     if (config.eval_target_images is None) != (config.eval_base_images is None):
         lacking = "eval_target_images" if config.eval_target_images is None else "eval_base_images"
         raise ValueError(f"{lacking} is not set: evaluation needs a folder of either style")

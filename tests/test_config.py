@@ -47,6 +47,12 @@ def test_out_of_bounds_is_refused_by_name(override: str) -> None:
     assert override.split("=")[0] in fail(override)
 
 
+def test_what_sft_has_no_mean_of_picks_no_best_checkpoint() -> None:
+    with pytest.raises(UserError, match="keep_best is margin with method sft, which has no losers"):
+        load_config("", ["method=sft", "keep_best=margin"])
+    assert load_config("", ["method=sft", "keep_best=loss"]).checkpoint_async == "auto"
+
+
 def test_resolution_must_be_a_multiple_of_8() -> None:
     assert "multiple of 8" in fail("resolution=33")
 

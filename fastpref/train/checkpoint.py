@@ -48,37 +48,77 @@ class DamagedCheckpoint(Exception):
     """A checkpoint directory whose contents are not what its manifest says."""
 
 
+class Draft:
+    """A checkpoint on its way: opened by all ranks, written by each, committed by all.
+
+    Args:
+        values: rank 0's count; they are kept as they are now.
+        keep: newest checkpoints that stay. spared: the step of one that stays beside them.
+    """
+
+    def __init__(
+        self, folder: Path, step: int, values: dict[str, Any], keep: int, world: World, spared: int | None = None
+    ) -> None:
+        self.step, self.keep, self.world, self.spared = step, keep, world, spared
+        self.final, self.path = checkpoint_folder(folder, step), folder / f".step-{step:06d}.tmp"
+        self._values = json.dumps({"step": step, **values})
+
+    def open(self) -> None:
+        """Make its directory, in place of what a kill has left of others."""
+        with self.world.together(), _disk(self.path):
+            if self.world.is_main:
+                for leftover in self.final.parent.glob(".step-*.tmp"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                self.path.mkdir(parents=True)
+
+    def write(self, tensors: State) -> str:
+        """Put this rank's part on disk, without the others; its checksum."""
+        with _disk(self.path):
+            return _write(self.path / _shard(self.world.rank, self.world.size), tensors)
+
+    def commit(self, checksum: str) -> None:
+        """Once every rank has written: make it a checkpoint, and drop those that are too old."""
+        hashes = {_shard(rank, self.world.size): found for rank, found in enumerate(self.world.objects(checksum))}
+        with self.world.together(), _disk(self.path):
+            if self.world.is_main:
+                _commit(self.path, self.final, hashes, self._values)
+                for old in checkpoint_folders(self.final.parent)[self.keep :]:
+                    if _step(old) != self.spared:
+                        shutil.rmtree(old, ignore_errors=True)
+
+    def drop(self) -> None:
+        """Leave nothing of it."""
+        if self.world.is_main:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
 def save_checkpoint(
-    folder: Path, step: int, tensors: State, values: dict[str, Any], keep: int, world: World | None = None
+    folder: Path,
+    step: int,
+    tensors: State,
+    values: dict[str, Any],
+    keep: int,
+    world: World | None = None,
+    spared: int | None = None,
 ) -> Path:
     """Write ``folder/step-NNNNNN`` atomically and drop all but the ``keep`` newest. Every rank has to come here.
 
     Args:
-        tensors: this rank's part. values: rank 0's count.
+        tensors: this rank's part. values: rank 0's count. spared: the step of one that is kept beside the newest.
 
     Raises:
         UserError: a rank cannot write; the checkpoints that were there stay, and every rank raises it.
     """
-    world = world or World()
-    final, draft = folder / f"step-{step:06d}", folder / f".step-{step:06d}.tmp"
+    draft = Draft(folder, step, values, keep, world or World(), spared)
     try:
-        with world.together(), _disk(draft):
-            if world.is_main:
-                shutil.rmtree(draft, ignore_errors=True)
-                draft.mkdir(parents=True)
-        with world.together(), _disk(draft):
-            digest = _write(draft / _shard(world.rank, world.size), tensors)
-        hashes = world.objects(digest)
-        with world.together(), _disk(draft):
-            if world.is_main:
-                _commit(draft, final, {_shard(rank, world.size): digest for rank, digest in enumerate(hashes)}, values)
-                for old in checkpoint_folders(folder)[keep:]:
-                    shutil.rmtree(old, ignore_errors=True)
+        draft.open()
+        with draft.world.together():
+            checksum = draft.write(tensors)
+        draft.commit(checksum)
     except UserError:
-        if world.is_main:
-            shutil.rmtree(draft, ignore_errors=True)
+        draft.drop()
         raise
-    return final
+    return draft.final
 
 
 def _write(path: Path, tensors: State) -> str:
@@ -93,14 +133,13 @@ def _write(path: Path, tensors: State) -> str:
     return _sha256(path)
 
 
-def _commit(draft: Path, final: Path, hashes: dict[str, str], values: dict[str, Any]) -> None:
+def _commit(draft: Path, final: Path, hashes: dict[str, str], values: str) -> None:
     for name in hashes:
         if not (draft / name).is_file():
             raise UserError(f"{name} is not there", str(draft), "every rank needs the same output_dir: share it")
-    step = int(final.name.removeprefix("step-"))
-    (draft / _VALUES).write_text(json.dumps({"step": step, **values}))
+    (draft / _VALUES).write_text(values)
     hashes = {**hashes, _VALUES: _sha256(draft / _VALUES)}
-    manifest = {"format": FORMAT, "step": step, "ranks": len(hashes) - 1, "sha256": hashes}
+    manifest = {"format": FORMAT, "step": _step(final), "ranks": len(hashes) - 1, "sha256": hashes}
     (draft / "manifest.json").write_text(json.dumps(manifest))
     for file in (*draft.iterdir(), draft):
         _sync(file)
@@ -151,6 +190,11 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 def newest_step(folder: Path) -> int:
     """Optimizer steps of the newest checkpoint, 0 if there is none."""
     return max(map(_step, checkpoint_folders(folder)), default=0)
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Where ``folder`` has the checkpoint of ``step``."""
+    return folder / f"step-{step:06d}"
 
 
 def _step(path: Path) -> int:

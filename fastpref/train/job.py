@@ -19,7 +19,9 @@ from fastpref.config_rules import SCORER_METHODS, STEPWISE_METHODS
 from fastpref.errors import UserError
 from fastpref.models.loading import resolve_device, resolve_model_dir
 from fastpref.models.work import Work
-from fastpref.train.checkpoint import Checkpoint, load_checkpoint, newest_intact, save_checkpoint
+from fastpref.train.best import BestCheckpoint, export_best
+from fastpref.train.checkpoint import Checkpoint, load_checkpoint, newest_intact
+from fastpref.train.checkpoint_writer import CheckpointWriter
 from fastpref.train.profile import StepProfiler, phase
 from fastpref.train.telemetry import (
     MetricsLog,
@@ -61,6 +63,9 @@ class TrainJob:
     world: World = field(default_factory=World)
     seconds_before: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.best = BestCheckpoint(self.config.keep_best)
+
     @classmethod
     def open(cls, config: Config, console: Console | None = None, world: World | None = None) -> TrainJob:
         """Check the machinery, the model and what the method needs, and load what is trained.
@@ -94,7 +99,8 @@ class TrainJob:
         with self.trainer.engine.whole(), self.world.together():
             if self.world.is_main:
                 self.trainer.export(run_dir)
-        return self._summary(seconds)
+        best = export_best(self.best, self.trainer, run_dir, self.config.steps)
+        return self._summary(seconds) | {"best_checkpoint": best}
 
     def seconds_total(self) -> float:
         """Wall-clock seconds of this part of the run so far and of those before it."""
@@ -105,13 +111,10 @@ class TrainJob:
         log = MetricsLog(run_dir, config, start, writes=self.world.is_main)
         bar = progress_bar(self.console)
         profiler = StepProfiler(config.profile and self.world.is_main, self.device, self.console)
+        writer = CheckpointWriter(run_dir / "checkpoints", config, self.world, start, log.sync, self.console)
 
         def spent() -> float:
             return before + time.perf_counter() - began
-
-        def save(step: int) -> None:
-            log.sync()
-            self._save(run_dir, step, spent())
 
         launched: Launched | None = None
 
@@ -121,12 +124,13 @@ class TrainJob:
             if launched is None:
                 return
             metrics, launched = {**launched.metrics(), "seconds": launched.seconds}, None
+            self.best.add(metrics)
             with phase("logging"):
                 if metrics["step"] % config.log_every == 0 or metrics["step"] == config.steps:
                     log.write(metrics)
-                bar.update(task, advance=1, note=_note(metrics))
+                bar.update(task, advance=1, note=_note(metrics, writer.saved))
 
-        with bar, StopRequest() as stop:
+        with bar, StopRequest() as stop, writer:
             task = bar.add_task(f"train {config.method}", total=config.steps, completed=start, note="")
             alone = self.world.size == 1  # ranks stop together, between two steps
             watch = Watch(lambda note: bar.update(task, note=note), lambda: alone and stop.signal is not None)
@@ -140,35 +144,40 @@ class TrainJob:
                     except Interrupted:
                         assert stop.signal is not None
                         read()
-                        save(step)
+                        self._save(writer, run_dir, step, spent(), wait=True)
                         log.close()
                         raise Stopped(stop.signal) from None
                     read()
                     stopped_by, done = self.world.most(stop.signal or 0), step + 1
                     last = done == config.steps
-                    due = last or bool(stopped_by) or done % config.checkpoint_every == 0
+                    planned = last or done % config.checkpoint_every == 0
+                    due = planned or bool(stopped_by)
                     if due:
                         metrics = partial(dict, metrics())
                     launched = Launched(metrics, time.perf_counter() - tick)
                     if due:
                         read()
                 profiler.close(run_dir, last=last)
+                if planned:
+                    self.best.close(done)
                 if due:
-                    save(done)
+                    self._save(writer, run_dir, done, spent(), wait=last or bool(stopped_by))
+                else:
+                    writer.look()
                 if stopped_by:
                     log.close()
                     raise Stopped(stopped_by)
         log.close()
         return spent()
 
-    def _save(self, run_dir: Path, step: int, seconds: float) -> None:
+    def _save(self, writer: CheckpointWriter, run_dir: Path, step: int, seconds: float, *, wait: bool) -> None:
         trainer, world = self.trainer, self.world
         state, values = trainer.engine.state()
         more, values["trainer"] = trainer.state()
         tensors = {**state, **{f"trainer.{name}": tensor for name, tensor in more.items() if world.is_main}}
         values |= {"counts": list(astuple(self._work())), "seconds": seconds, "skipped": trainer.skipped}
-        values |= {"seconds_total": self.seconds_total(), "layout": trainer.engine.layout}
-        save_checkpoint(run_dir / "checkpoints", step, tensors, values, self.config.keep_checkpoints, world)
+        values |= {"seconds_total": self.seconds_total(), "layout": trainer.engine.layout, "best": self.best.state()}
+        writer.save(step, tensors, values, spared=self.best.step, wait=wait)
         if self.config.export_checkpoints:
             self._export(run_dir / "exports", step)
 
@@ -218,6 +227,8 @@ class TrainJob:
             raise UserError("the checkpoint does not fit this model", str(checkpoint.path), str(error)) from error
         self.trainer.restore_work(Work(*checkpoint.values["counts"]) if self.world.is_main else Work())
         self.trainer.skipped = checkpoint.values["skipped"]
+        if lost := self.best.load_state(checkpoint.values.get("best", {}), checkpoint.path.parent):
+            self.console.print(lost, style="yellow")
         self.seconds_before = float(checkpoint.values.get("seconds_total", checkpoint.values["seconds"]))
         self.console.print(f"resuming after step {checkpoint.step}")
         before, now = checkpoint.values.get("layout"), self.trainer.engine.layout
@@ -266,8 +277,10 @@ def _open_trainer(config: Config, model_dir: Path, device: torch.device, world: 
     return offline.open_trainer(config, model_dir, device, world)
 
 
-def _note(metrics: dict[str, Any]) -> str:
+def _note(metrics: dict[str, Any], saved: int) -> str:
     parts = [f"loss {metrics['loss']:.4f}"]
     if metrics["accuracy"] is not None:
         parts.append(f"acc {metrics['accuracy']:.2f}")
+    if saved:
+        parts.append(f"saved {saved}")
     return " ".join(parts)

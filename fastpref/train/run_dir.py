@@ -16,8 +16,8 @@ from fastpref.train.checkpoint import newest_step
 # fmt: off
 FREE_ON_RESUME = frozenset([
     "name", "output_dir", "resume", "overwrite", "evaluate", "steps", "device", "threads", "micro_batch_size",
-    "accumulation", "checkpoint_every", "keep_checkpoints", "export_checkpoints", "log_every", "tracker",
-    "guidance_scale", "sample_steps",
+    "accumulation", "checkpoint_every", "keep_checkpoints", "keep_best", "checkpoint_async", "export_checkpoints",
+    "log_every", "tracker", "guidance_scale", "sample_steps",
     "eval_records", "eval_prompts", "eval_seeds", "eval_batch_size", "records", "ties", "posterior", "buckets",
     "resolution", "clip", "max_reject_share", "shard_size", "prepare_batch_size", "max_image_pixels",
     "vae_precision", "max_skipped_steps", "engine", "zero_stage", "deepspeed", "rank_timeout",

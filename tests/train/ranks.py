@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,21 @@ def _no_space(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(safetensors.torch, "save_file", full)
 
 
+def _slow_disk(patch: pytest.MonkeyPatch) -> None:
+    """Of the second checkpoint a part is written, and no more comes."""
+    import safetensors.torch
+
+    save, count = safetensors.torch.save_file, iter(range(1000))
+
+    def slow(tensors: Any, path: Any, *more: Any, **named: Any) -> None:
+        if next(count) == 1:
+            Path(path).write_bytes(b"half")
+            time.sleep(3600)
+        save(tensors, path, *more, **named)
+
+    patch.setattr(safetensors.torch, "save_file", slow)
+
+
 def _stop(patch: pytest.MonkeyPatch) -> None:
     """Stand still in the fourth step."""
     from fastpref.train.offline import OfflineTrainer
@@ -134,7 +150,7 @@ def _stop(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(OfflineTrainer, "launch", stand_still)
 
 
-FAULTS = {"nan": _nan, "no space": _no_space, "stop": _stop}
+FAULTS = {"nan": _nan, "no space": _no_space, "slow disk": _slow_disk, "stop": _stop}
 
 
 def main() -> None:

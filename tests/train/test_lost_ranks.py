@@ -60,6 +60,36 @@ def test_a_killed_rank_is_named_and_the_run_resumed_is_the_same_run(
     assert all(torch.equal(left[name], right[name]) for name in right)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_kill_during_a_write_beside_the_training_leaves_the_checkpoint_before(
+    recipe: Callable[..., Config], tmp_path: Path, count: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The last rank's part of step 4's is half written while step 5 is done; resumed, it is the same run."""
+    common = ["steps=6", "checkpoint_every=2", "checkpoint_async=true", "ema_decay=0.9"]
+    config, whole = recipe("name=killed", "resume=auto", *common), recipe("name=whole", *common)
+    files = ranks.recipe_files([Task(config, fault="slow disk")], tmp_path)
+    processes = ranks.start([ranks.__file__, *files], ranks=count)
+    wait_for(config.run_dir / "metrics.jsonl", 5, processes[0])
+    for process in processes:
+        process.kill()
+    ranks.finish(processes)
+    left = sorted(path.name for path in (config.run_dir / "checkpoints").iterdir())
+    assert left == [".step-000004.tmp", "step-000002"]
+    if count == 1:
+        for run in (config, whole):
+            ranks.train(run)
+        said = capfd.readouterr().err
+    else:
+        files = ranks.recipe_files([Task(config), Task(whole)], tmp_path)
+        results = ranks.finish(ranks.start([ranks.__file__, *files], ranks=count))
+        assert [code for code, _ in results] == [0] * count, results[0][1]
+        said = results[0][1]
+    assert "resuming after step 2" in said
+    left_weights, right = (load_file(run.run_dir / "pytorch_lora_weights.safetensors") for run in (config, whole))
+    assert all(torch.equal(left_weights[name], right[name]) for name in right)
+    assert sorted(path.name for path in (config.run_dir / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+
+
 def test_a_rank_that_stands_still_is_named_after_rank_timeout(recipe: Callable[..., Config], tmp_path: Path) -> None:
     config = recipe("name=hangs", "steps=16", "rank_timeout=6")
     files = ranks.recipe_files([Task(config, fault="stop")], tmp_path)

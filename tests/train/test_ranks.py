@@ -59,7 +59,7 @@ def recipe(folder: Path, sdxl: Path, sdxl_store: Path, few_records: Path) -> Cal
     base = [
         *(f"model={sdxl}", f"store={sdxl_store}", f"records={few_records}", f"output_dir={folder}/runs"),
         *("batch_size=8", "beta=200", "lora_rank=4", "lora_targets=[to_q, to_v]", "learning_rate=0.001"),
-        *("evaluate=false", "tracker=none", "checkpoint_every=10", f"steps={STEPS}"),
+        *("evaluate=false", "tracker=none", "checkpoint_every=10", f"steps={STEPS}", "keep_best=loss"),
     ]
     return lambda name, *more: load_config("", [*base, f"name={name}", *more])
 
@@ -144,6 +144,8 @@ def test_twenty_steps_are_those_of_one_process(
     if layout == "accumulated":
         return
     assert summary(other)["world_size"] == 2
+    mine, one = (summary(config)["best_checkpoint"] for config in (other, alone[method]))
+    assert mine["step"] == one["step"] and abs(mine["value"] - one["value"]) < 1e-9
     if method != "rpo":  # which scores its batch twice where it is cut
         assert {name: summary(other)[name] for name in COUNTS} == counted
 
@@ -189,7 +191,7 @@ def resumed(folder: Path, recipe: Callable[..., Config], runs: dict[str, Config]
         for name, (_, to, _) in RESUMED.items()
     }
     tasks = [Task(config, runs[f"cut-{RESUMED[name][0]}"].run_dir) for name, config in made.items()]
-    made["no space"] = recipe("no-space", *METHODS["dpo"], *LAYOUTS["ZeRO-1"], "checkpoint_every=2", "steps=4")
+    made["no space"] = recipe("no-space", *METHODS["dpo"], *LAYOUTS["ZeRO-1"], "checkpoint_every=2", "steps=6")
     tasks.append(Task(made["no space"], fault="no space"))
     results = ranks.finish(ranks.start([ranks.__file__, *ranks.recipe_files(tasks, folder)]), timeout=900)
     assert [code for code, _ in results] == [0, 0], results[0][1] + results[1][1]
@@ -205,6 +207,17 @@ def test_resuming_is_exact_on_the_same_layout_and_close_on_another(
     off = difference(resumed[name], whole, rounded=not exact)
     assert (off == 0 and same(resumed[name], whole)) if exact else 0 < off < 1e-4
     assert summary(resumed[name])["unet_forwards"] == summary(whole)["unet_forwards"]
+    mine, other = (summary(config)["best_checkpoint"] for config in (resumed[name], whole))
+    assert mine == other if exact else mine["step"] == other["step"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_best_checkpoint_is_exported_from_any_layout(runs: dict[str, Config], layout: str) -> None:
+    """Here that of step 10, whose averages a run of ten steps ends with."""
+    whole, cut = runs[f"whole-{layout}"].run_dir / "best", runs[f"cut-{layout}"].run_dir
+    best, last = (load_file(place / "pytorch_lora_weights.safetensors") for place in (whole, cut))
+    assert summary(runs[f"whole-{layout}"])["best_checkpoint"]["step"] == 10
+    assert best.keys() == last.keys() and all(torch.equal(best[name], last[name]) for name in best)
 
 
 @pytest.mark.parametrize("layout", ["2x4", "ZeRO-3"])

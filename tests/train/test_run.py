@@ -97,6 +97,7 @@ def test_a_run_leaves_what_the_contract_says(sdxl_config: Callable[..., Config],
     assert set(SUMMARY.split()) <= set(summary)
     assert (summary["method"], summary["steps"], summary["samples_seen"]) == ("rpo", 4, 32)
     assert (summary["unet_forwards"], summary["unet_backwards"]) == (4 * 32, 4 * 16)
+    assert summary["best_checkpoint"] is None and not (run / "best").exists()
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4]
     assert all(set(line) == set(METRICS.split()) for line in lines(run))
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
