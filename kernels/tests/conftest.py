@@ -64,9 +64,9 @@ def triton_path() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Every torch.empty starts as NaN (integers: their maximum), so an element that no kernel writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler: seconds
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture(autouse=True)
