@@ -31,7 +31,7 @@ SHAPES = {  # one sample of an SDXL activation, where a GPU gets a batch
     "lora_linear": (1024, 1280, 1280, 64),
 }
 LATENTS = (8, 4, 128, 128)
-SECONDS = 0.05  # of each form of each workload
+SECONDS = 1.0  # of each form of each workload
 NAMES = [name for name in WORKLOADS if "ref_error" not in name]  # those do less of the same
 
 
