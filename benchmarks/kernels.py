@@ -4,7 +4,8 @@
 
     gpu     ms, GB/s, share of the copy bandwidth of the same run, peak memory: fastpref, eager fp32 and bf16, compiled
     counts  bytes per element, launches and peak memory of the interpreted kernels and of eager torch: counts, not times
-    cpu     the CPU path at latent sizes, by pytest-benchmark
+    cpu     every op's CPU path beside eager fp32, eager bf16 and compiled bf16, by pytest-benchmark; also writes the
+            table of ratios, kernels_cpu.md
     rpo     rpo_loss on the CPU with M = N, D = 256: median, least and most time, and peak memory beyond the inputs,
             each in its own process, in turn with the matrix form; fails above 64 MB or if slower at the largest size
 
@@ -27,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, ROOT, provenance, read_csv, write_csv
+from common import RESULTS, ROOT, markdown, provenance, read_csv, write_csv
 
 HERE = Path(__file__).parent
 LIMIT = 64 << 20  # bytes beyond the inputs that rpo_loss may take on the CPU
+CPU_STATISTICS = {"ms": "median", "ms_q1": "q1", "ms_q3": "q3", "ms_min": "min", "ms_max": "max"}
 Row = dict[str, Any]
 
 
@@ -83,23 +85,46 @@ def broken_claims(rows: list[Row]) -> list[str]:
     return broken
 
 
-def cpu() -> list[Row]:
-    """Medians of pytest-benchmark."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "benchmark.json"
-        command = [sys.executable, "-m", "pytest", "-q", str(HERE / "kernels_cpu.py"), f"--benchmark-json={out}"]
-        subprocess.run(command, cwd=ROOT, check=True)
+def cpu(folder: Path) -> list[Row]:
+    """Medians and quartiles of pytest-benchmark, and the table of their ratios in kernels_cpu.md."""
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "benchmark.json"
+        command = [sys.executable, "-m", "pytest", "-q", "-o", f"pythonpath={HERE}", str(HERE / "kernels_cpu.py")]
+        subprocess.run([*command, "--benchmark-only", f"--benchmark-json={out}"], cwd=ROOT, check=True)
         found = json.loads(out.read_text())["benchmarks"]
-    return [
+    rows = [
         {
             "kind": "cpu",
             **{key: entry["extra_info"][key] for key in ("workload", "shape", "form")},
-            "ms": round(1e3 * entry["stats"]["median"], 3),
+            **{to: round(1e3 * entry["stats"][key], 3) for to, key in CPU_STATISTICS.items()},
             "repeats": entry["stats"]["rounds"],
             "threads": torch.get_num_threads(),
         }
         for entry in found
     ]
+    table = cpu_table(rows)
+    print(table)
+    (folder / "kernels_cpu.md").write_text(table + "\n")
+    return rows
+
+
+def cpu_table(rows: list[Row]) -> str:
+    """Milliseconds by form, and ours over eager's of the same dtype: of the medians, from quartile to quartile."""
+    forms = list(dict.fromkeys(row["form"] for row in rows))
+    by_workload: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        by_workload.setdefault((row["workload"], row["shape"]), {})[row["form"]] = row
+    lines = []
+    for names, found in by_workload.items():
+        cells = [f"{found[form]['ms']:.3g}" if form in found else "" for form in forms]
+        for dtype in ("fp32", "bf16"):
+            ours, eager = found[f"fastpref {dtype}"], found[f"eager {dtype}"]
+            ratio = [ours[a] / eager[b] for a, b in (("ms", "ms"), ("ms_q1", "ms_q3"), ("ms_q3", "ms_q1"))]
+            cells.append("{:.2f} ({:.2f}–{:.2f})".format(*ratio))
+        lines.append([*names, *cells])
+    ratios = ["fastpref / eager, fp32", "fastpref / eager, bf16"]
+    title = f"Milliseconds, forward and backward, on {rows[0]['threads']} CPU threads, torch {torch.__version__}."
+    return f"{title}\n\n{markdown(['workload', 'shape', *forms, *ratios], lines)}"
 
 
 def _without_gpu() -> str:
@@ -110,7 +135,7 @@ def _without_gpu() -> str:
     return "\n".join([*lines, f"{len(lines)} timings skipped: torch.cuda.is_available() is False"])
 
 
-def measure(what: list[str], sizes: list[int], repeats: int) -> dict[str, list[Row]]:
+def measure(what: list[str], sizes: list[int], repeats: int, folder: Path) -> dict[str, list[Row]]:
     """Rows by kind."""
     measured: dict[str, list[Row]] = {}
     if "gpu" in what:
@@ -118,7 +143,7 @@ def measure(what: list[str], sizes: list[int], repeats: int) -> dict[str, list[R
     if "counts" in what:
         measured["counts"] = _child("kernels_counts.py", interpreted=True)
     if "cpu" in what:
-        measured["cpu"] = cpu()
+        measured["cpu"] = cpu(folder)
     if "rpo" in what:
         measured["rpo"] = rpo(sizes, repeats)
     return measured
@@ -139,7 +164,7 @@ def main() -> int:
             parser.error("gpu: torch.cuda.is_available() is False")
         print(_without_gpu())
         what = [kind for kind in what if kind != "gpu"]
-    measured = measure(what, options.sizes, options.repeats)
+    measured = measure(what, options.sizes, options.repeats, options.out)
     if not measured:
         return 0
     table = options.out / "kernels.csv"

@@ -39,12 +39,25 @@ elif WHERE != "gpu":
     raise RuntimeError(f"KERNELS_ON must be interpreter, lanes or gpu, got {WHERE!r}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Lanes are not watched: tests that count accesses or launches, or pick programs, belong to the interpreter."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Lanes are not watched: tests that count accesses or launches, or pick programs, belong to the interpreter, and
+    so do those that launch no kernel at all."""
+    if WHERE != "lanes":
+        return
     inside = {"traffic", "only", "interpreter", "GridExecutor", "shipped", "counted"}
-    for item in items if WHERE == "lanes" else ():
-        if isinstance(item, pytest.Function) and inside & set(item.function.__code__.co_names):
+    launches = [item for item in items if isinstance(item, pytest.Function) and _launches(item)]
+    for item in launches:
+        if inside & set(item.function.__code__.co_names):
             item.add_marker(pytest.mark.skip(reason="looks into the interpreter"))
+    config.hook.pytest_deselected(items=[item for item in items if item not in launches])
+    items[:] = launches
+
+
+def _launches(item: pytest.Function) -> bool:
+    """False for the tests of whole models, of registration and of float64 gradients that take the CPU path alone."""
+    if {"path", "triton_path"} & set(item.fixturenames):
+        return True
+    return item.path.stem not in ("test_custom_ops", "test_patch", "test_recipes") and "gradcheck" not in item.name
 
 
 @pytest.fixture(params=["triton"] if WHERE == "lanes" else ["cpu", "triton"])
@@ -64,9 +77,9 @@ def triton_path() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Every torch.empty starts as NaN (integers: their maximum), so an element that no kernel writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler: seconds
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture(autouse=True)

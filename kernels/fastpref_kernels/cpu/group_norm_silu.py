@@ -53,10 +53,21 @@ def _normalise(
 
 
 def _gradients(
-    grad: Tensor, x: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, num_groups: int, affine: bool
+    grad: Tensor,
+    x: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    num_groups: int,
+    affine: bool,
+    spare: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of x, weight and bias; `spare`: grad may be overwritten."""
     n, c, positions = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-    dz, x4 = _four_dimensional(torch.ops.aten.silu_backward(grad, z)), _four_dimensional(x)
+    dz = grad if spare else torch.empty_like(grad)
+    torch.ops.aten.silu_backward.grad_input(grad, z, grad_input=dz)
+    dz, x4 = _four_dimensional(dz), _four_dimensional(x)
     grad_input, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
         dz, x4, mean, rstd, weight, n, c, positions, num_groups, [True, affine, affine]
     )
@@ -100,7 +111,7 @@ def backward(
     affine_size = weight.shape[0] if affine else 0
     if keeps_z(x):
         grad, x = as_dense(grad, last), as_dense(x, last)
-        grad_input, *found = _gradients(grad, x, z, mean, rstd, full_weight, num_groups, affine)
+        grad_input, *found = _gradients(grad, x, z, mean, rstd, full_weight, num_groups, affine, spare=False)
         return as_dense(grad_input, last), *(weight.new_empty(0) if x is None else x.to(weight.dtype) for x in found)
     grad_input = empty_dense(x, last)
     sums = [torch.zeros(affine_size, dtype=dtype, device=x.device) for _ in range(2)]
@@ -110,8 +121,8 @@ def backward(
         count, by_channel = m.shape[1], (upcast.shape[0], -1, *[1] * (x.dim() - 2))
         slope = r[:, :, None] * scale.view(count, -1)
         shift = full_bias[channels].view(count, -1) - slope * m[:, :, None]
-        z = torch.addcmul(shift.view(by_channel), upcast, slope.view(by_channel))
-        grad_input[rows, channels], *more = _gradients(g, upcast, z, m, r, scale, count, affine)
+        z = torch.mul(upcast, slope.view(by_channel)).add_(shift.view(by_channel))  # addcmul is not vectorised here
+        grad_input[rows, channels], *more = _gradients(g, upcast, z, m, r, scale, count, affine, spare=True)
         for total, new in zip(sums, more, strict=True):
             if new is not None:
                 total[channels] += new

@@ -8,6 +8,7 @@ Exit code 1 if a fault survives, if a test fails without one, or if a fault's te
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 if __name__ == "__main__":
-    os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     sys.dont_write_bytecode = True
     sys.path[0] = str(Path(__file__).parents[1])
 
@@ -79,24 +80,33 @@ def _test(copy: Path, tests: tuple[str, ...]) -> NoReturn:
         signal.alarm(LIMIT)
         sys.path.insert(0, str(copy))
         os.chdir(copy / "tests")
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--import-mode=importlib"]
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", "--import-mode=importlib"]
         code = int(pytest.main([*options, *tests]))
         sys.stdout.flush()
     finally:
         os._exit(code)
 
 
-def run_all(todo: list[tuple[tuple[str, ...], Fault | None]], workers: int) -> Iterator[tuple[Run, int]]:
-    """Every run with pytest's exit code (DIED if it was killed), as they end."""
+def run_all(todo: list[tuple[tuple[str, ...], Fault | None]], workers: int) -> Iterator[tuple[Run, int, float]]:
+    """Every run with pytest's exit code (DIED if it was killed) and its CPU seconds, as they end."""
     waiting, running = todo[::-1], {}
     while waiting or running:
         while waiting and len(running) < workers:
             run = start(*waiting.pop())
             running[run.process] = run
-        process, status = os.wait()
+        process, status, used = os.wait3(0)
         run = running.pop(process)
-        yield run, os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else DIED
+        code = os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else DIED
+        yield run, code, used.ru_utime + used.ru_stime
         run.folder.cleanup()
+
+
+def selections(faults: Iterable[Fault]) -> list[tuple[str, ...]]:
+    """All tests that the faults name, each once: arguments of a run for each module."""
+    modules: dict[str, list[str]] = {}
+    for module, *keywords in dict.fromkeys(fault.tests for fault in faults):
+        modules.setdefault(module, []).extend(keywords[1:] or ["test"])  # every test has that in its name
+    return [(module, "-k", " or ".join(f"({k})" for k in keywords)) for module, keywords in modules.items()]
 
 
 def main() -> int:
@@ -111,21 +121,21 @@ def main() -> int:
     if wrong:
         print("\n".join(wrong))
         return 1
-    for module in ("torch.library", "numpy", "triton.language", "triton.runtime.interpreter"):
-        import_module(module)  # once for all forks
-    selections = list(dict.fromkeys(fault.tests for fault in faults))
-    for run, code in run_all([(tests, None) for tests in selections], options.workers):
+    for module in ("torch._dynamo", "torch.testing", "numpy", "triton.language", "triton.runtime.interpreter"):
+        import_module(module)  # once for all forks; the first call of a custom op imports torch._dynamo
+    gc.freeze()
+    for run, code, _ in run_all([(tests, None) for tests in selections(faults)], options.workers):
         if code != PASSED:
             wrong.append(f"without a fault: {' '.join(run.tests)}: exit code {code}\n{run.output()}")
     if wrong:
         print("\n".join(wrong))
         return 1
     survivors = 0
-    for number, (run, code) in enumerate(run_all([(f.tests, f) for f in faults], options.workers), 1):
+    for number, (run, code, seconds) in enumerate(run_all([(f.tests, f) for f in faults], options.workers), 1):
         assert run.fault is not None
         verdict = {PASSED: "SURVIVED", FAILED: "caught"}.get(code, f"NOT RUN ({code})")
         survivors += code != FAILED
-        print(f"{number:3} {verdict:9} {run.fault.file:30} {run.fault.what}", flush=True)
+        print(f"{number:3} {verdict:9} {seconds:5.1f} s {run.fault.file:30} {run.fault.what}", flush=True)
     print(f"{len(faults) - survivors} of {len(faults)} faults caught")
     return 1 if survivors else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 _INSTRUCTION = re.compile(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+([^;\n]*);", re.M)
 _REGISTER = re.compile(r"%rd\d+")
-_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", re.M)
+_SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", re.M)
 
 
 def _width(operation: str, operands: str) -> int:
@@ -63,31 +64,59 @@ def access_widths(ptx: str, arguments: dict[str, str]) -> dict[str, list[int]]:
     return {name: sorted(found) for name, found in widths.items()}
 
 
-def nvidia(cubin: bytes, tools: Path, disassemble: bool) -> dict[str, int]:
+def nvidia(cubin: bytes, tools: Path) -> dict[str, int]:
     """Registers a thread and bytes of local memory, which spills are a part of; `tools` is the folder of cuobjdump.
 
-    Disassembled, also the instructions that touch local memory and the 16-byte ones that touch global memory.
     Raises RuntimeError if there is nothing to read.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([tools / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
-            if flag == "-res-usage" or disassemble
-            else ""
-            for flag in ("-res-usage", "-sass")
-        )
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
     numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    operations = _SASS.findall(sass)
-    if numbers is None or (disassemble and "EXIT" not in operations):
+    if numbers is None:
         raise RuntimeError(f"cuobjdump: nothing to read in {usage[:200]!r}")
     registers, stack, local = map(int, numbers.groups())
-    found = {"registers": registers, "local": stack + local}
-    if disassemble:
-        found["spills"] = sum(op.startswith(("LDL", "STL")) for op in operations)
-        found["wide"] = sum(bool(re.match(r"(LDG|STG|LDGSTS)\..*\b(128|256)\b", op)) for op in operations)
+    return {"registers": registers, "local": stack + local}
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions in a cubin, an ELF file of 64 bits: its .text sections."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<3H", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    name_of = headers[names][4]
+    return b"".join(
+        cubin[start : start + length]
+        for name, _, _, _, start, length in headers
+        if cubin[name_of + name :].startswith(b".text.")
+    )
+
+
+def instructions(cubins: list[bytes], tools: Path, architecture: str) -> list[dict[str, int]]:
+    """Of each cubin, how many instructions touch local memory, and how many touch global memory by 16 bytes or more.
+
+    All code is disassembled in one go, since the disassembler takes longer to start than to work.
+    Raises RuntimeError if a kernel has no end.
+    """
+    code = [machine_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(code))
+        file.flush()
+        sass = _output(tools / "nvdisasm", "--no-dataflow", "--binary", architecture, file.name) if code else ""
+    found, lines, end = [], _SASS.findall(sass), 0
+    for part in code:
+        start, end = end, end + len(part)
+        operations = [name for address, name in lines if start <= int(address, 16) < end]
+        if "EXIT" not in operations:
+            raise RuntimeError(f"nvdisasm: nothing to read in {sass[:200]!r}")
+        wide = sum(bool(re.match(r"(LDG|STG|LDGSTS)\..*\b(128|256)\b", name)) for name in operations)
+        found.append({"spills": sum(name.startswith(("LDL", "STL")) for name in operations), "wide": wide})
     return found
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def amd(assembly: str) -> dict[str, int]:

@@ -29,7 +29,6 @@ from static.targets import TARGETS, Target, occupancy
 
 HERE = Path(__file__).parent
 CACHE = HERE.parents[2] / ".cache" / "aot"
-DISASSEMBLED = "sm_90"  # the disassembler takes longer than the compiler: one target is enough
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -71,42 +70,60 @@ def compile_case(case: KernelCase, target: Target) -> Any:
     return triton.compile(source, GPUTarget(target.backend, target.arch, target.warp_size), options)
 
 
-def describe(case: KernelCase, target: Target) -> dict[str, Any]:
-    """Compile one case for one target and read the binary."""
+def describe(case: KernelCase, target: Target) -> tuple[dict[str, Any], bytes]:
+    """Compile one case for one target and read the binary; also NVIDIA's cubin, whose instructions are yet to count."""
     began = time.monotonic()
     kernel = compile_case(case, target)
     found: dict[str, Any]
+    cubin = b""
     if target.backend == "cuda":
-        found = binary.nvidia(kernel.asm["cubin"], TOOLS, disassemble=target.name == DISASSEMBLED)
+        cubin = kernel.asm["cubin"]
+        found = binary.nvidia(cubin, TOOLS)
         found["widths"] = binary.access_widths(kernel.asm["ptx"], case.signature)
     else:
         found = binary.amd(kernel.asm["amdgcn"])
     shared = kernel.metadata.shared
-    return found | {
+    found |= {
         "shared": shared,
         "occupancy": occupancy(target, found["registers"], shared, case.num_warps),
         "seconds": round(time.monotonic() - began, 3),
     }
+    return found, cubin
+
+
+def _keep(place: Path, found: dict[str, Any]) -> None:
+    part = place.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(found))
+    part.replace(place)
 
 
 def main() -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
     (CACHE.parent / ".gitignore").write_text("*\n")
-    for module, name, target_name in json.load(sys.stdin):
+    uncounted: dict[str, list[tuple[list[str], Path, dict[str, Any], bytes]]] = {}
+    for job in json.load(sys.stdin):
+        module, name, target_name = job
         case, target = _cases(module)[name], TARGETS[target_name]
         place = _place(case, target)
         if place.exists():
-            found = json.loads(place.read_text())
+            found, cubin = json.loads(place.read_text()), b""
         else:
             try:
-                found = describe(case, target)
+                found, cubin = describe(case, target)
             except Exception as error:  # a case that does not compile is a result: the gate that it breaks
-                found = {"error": f"{type(error).__name__}: {error}".replace("\n", " ")[:500]}
+                found, cubin = {"error": f"{type(error).__name__}: {error}".replace("\n", " ")[:500]}, b""
             else:
-                part = place.with_suffix(f".{os.getpid()}")
-                part.write_text(json.dumps(found))
-                part.replace(place)
-        print(json.dumps([module, name, target_name, found]), flush=True)
+                if cubin:
+                    uncounted.setdefault(target_name, []).append((job, place, found, cubin))
+                else:
+                    _keep(place, found)
+        if not cubin:
+            print(json.dumps([*job, found]), flush=True)
+    for target_name, kernels in uncounted.items():
+        counts = binary.instructions([cubin for *_, cubin in kernels], TOOLS, target_name.replace("_", "").upper())
+        for (job, place, found, _), count in zip(kernels, counts, strict=True):
+            _keep(place, found | count)
+            print(json.dumps([*job, found | count]), flush=True)
 
 
 if __name__ == "__main__":

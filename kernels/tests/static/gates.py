@@ -65,7 +65,11 @@ def compile_jobs(todo: list[Job], workers: int = 2) -> list[Result]:
     environment["FASTPREF_KERNELS_TRITON"] = "1"
     command = [sys.executable, str(HERE / "compile_cases.py")]
     running = []
-    for share in filter(None, (todo[i::workers] for i in range(workers))):
+    # targets differ in cost: each worker takes all of a case
+    shares: list[list[Job]] = [[] for _ in range(workers)]
+    for number, job in enumerate(todo):
+        shares[number // len(TARGETS) % workers].append(job)
+    for share in filter(None, shares):
         worker = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
