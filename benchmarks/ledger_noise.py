@@ -5,7 +5,7 @@
 A step that switches LoRA off computes policy and reference in the same forward shape: their roundings are the same and
 cancel, so an untrained policy has rewards of exactly 0. A ledger computed in another batch shape (other tiles, another
 order of summation) or by other arithmetic keeps its rounding. Here the errors of the same draws are computed in several
-shapes, and in fp32 instead of bf16, where nothing cancels: the most
+shapes, with the fused operators, and in fp32 instead of bf16, where nothing cancels: the most
 that bf16 can add. Each is compared with those of training's own forwards; a row is the root mean square of the logit's
 noise at a β. Writes results/ledger_noise.csv, .md and .png.
 """
@@ -25,6 +25,7 @@ from common import RESULTS, ROOT, fill, markdown, provenance, read_csv, write_cs
 from worlds import BATCH, MODELS, open_world, trainer_of
 
 from fastpref.atomic import write_bytes
+from fastpref.errors import UserError
 from fastpref.train.figures import MAX_LOGIT_NOISE
 from fastpref.train.offline import OfflineTrainer
 from fastpref_kernels import implicit_reward
@@ -65,8 +66,9 @@ def measure(settings: list[str], steps: int) -> list[dict[str, Any]]:
         own = errors(trainer, BATCH, steps, policy=True)
         tables = {f"{pairs} pairs a forward": errors(trainer, pairs, steps, policy=False) for pairs in SHAPES}
         if precision == "bf16":
-            wide = trainer_of([*recipe, "precision=fp32"])
-            tables["computed in fp32"] = errors(wide, BATCH, steps, policy=False)
+            for name, change in (("with fused_ops", "fused_ops=true"), ("computed in fp32", "precision=fp32")):
+                other = trainer_of([*recipe, f"precision={precision}", change])
+                tables[name] = errors(other, BATCH, steps, policy=False)
         for name, table in tables.items():
             rows += [
                 {"precision": precision, "ledger": name, "beta": beta, "noise": f"{noise(own, table, beta):.3g}"}
@@ -92,8 +94,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     head = ["model", "training in", "ledger", *(f"β = {beta}" for beta in BETAS)]
     note = (
         f"Training is refused above {MAX_LOGIT_NOISE}. What keeps it below in half precision: the ledger is made in "
-        "the same precision and in forwards of training's own shape, one of another micro-batch or compile setting "
-        "is not accepted, and the first step, where every reward has to be 0, measures what is left."
+        "the same precision and in forwards of training's own shape; one of another micro-batch, attention, fused_ops "
+        "or compile setting is not accepted, and the first step, where every reward has to be 0, measures what is left."
     )
     return f"{markdown(head, lines)}\n\n{note}"
 
@@ -115,25 +117,30 @@ def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=("emoji", "mid", "random"), default=("emoji", "mid"))
-    parser.add_argument("--steps", type=int, default=2, help=f"batches of {DRAWN} pairs that are compared")
+    parser.add_argument("--steps", type=int, default=1, help=f"batches of {DRAWN} pairs that are compared")
+    parser.add_argument("--short", action="store_true", help="one batch of the emoji model, no CSV")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--report", action="store_true", help="run nothing: table and plot from the CSV")
     parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
     options = parser.parse_args()
-    for model in () if options.report else options.models:
+    rows: list[dict[str, Any]] = [] if options.short else list(read_csv(options.out))
+    for model in ("emoji",) if options.short else () if options.report else options.models:
         about = {"model": model, "threads": torch.get_num_threads()}
         with tempfile.TemporaryDirectory() as folder:
-            found = [about | row | provenance() for row in measure(open_world(model, Path(folder)), options.steps)]
-        write_csv(options.out, [*(row for row in read_csv(options.out) if row["model"] != model), *found])
-    rows = read_csv(options.out)
+            found = measure(open_world(model, Path(folder)), 1 if options.short else options.steps)
+        rows = [*(row for row in rows if row["model"] != model), *(about | row | provenance() for row in found)]
     if not rows:
-        sys.exit(f"no rows to report: {options.out}: run the benchmark first")
+        print(UserError("no rows to report", str(options.out), "run the benchmark first"), file=sys.stderr)
+        sys.exit(2)
     text = table(rows)
+    print(text)
+    if options.short:
+        return
+    write_csv(options.out, rows)
     write_bytes(options.out.with_suffix(".md"), f"# Rounding that a ledger leaves in the logit\n\n{text}\n".encode())
     plot(rows, options.out.with_suffix(".png"))
     if options.readme:
         fill(ROOT / "README.md", "table: ledger_noise", text)
-    print(text)
 
 
 if __name__ == "__main__":
