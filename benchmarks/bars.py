@@ -26,7 +26,7 @@ def draw(panels: Sequence[Panel], out: Path) -> None:
 
     series = list(dict.fromkeys(name for panel in panels for group in panel.groups.values() for name in group))
     lengths = [len(panel.groups) * max(len(series), 1) for panel in panels]
-    figure = Figure(figsize=(9, 1.2 * len(panels) + 0.26 * sum(lengths) + 0.4), layout="constrained")
+    figure = Figure(figsize=(9, 0.9 * len(panels) + 0.15 * sum(lengths) + 0.6), layout="constrained")
     all_axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": [n + 2 for n in lengths]})
     width, drawn = 0.8 / max(len(series), 1), {}
     for axes, panel in zip(all_axes[:, 0], panels, strict=True):
@@ -39,7 +39,10 @@ def draw(panels: Sequence[Panel], out: Path) -> None:
                     [max(values) - m for m, (_, values) in zip(middle, rows, strict=True)],
                 ]
                 where = [at + (place - (len(series) - 1) / 2) * width for at, _ in rows]
-                drawn[name] = axes.barh(where, middle, width, xerr=around, color=f"C{place}", capsize=2)
+                several = any(len(values) > 1 for _, values in rows)
+                drawn[name] = axes.barh(
+                    where, middle, width, xerr=around if several else None, color=f"C{place}", capsize=2
+                )
         if panel.line is not None:
             drawn[panel.line_label] = axes.axvline(panel.line, color="black", linestyle="--", linewidth=1)
         axes.set_yticks(range(len(panel.groups)), list(panel.groups), fontsize=8)
