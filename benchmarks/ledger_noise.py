@@ -109,7 +109,8 @@ def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
             ledger: {f"β = {beta}": [max(float(found[beta]), FLOOR)] for beta in BETAS} for ledger, found in own.items()
         }
         title = f"{MODELS[model]}; training in {precision}"
-        panels.append(Panel(title, "noise in the logit (0 at the left end)", bars, MAX_LOGIT_NOISE, "refused above", logarithmic=True))
+        axis = "noise in the logit (0 at the left end)"
+        panels.append(Panel(title, axis, bars, MAX_LOGIT_NOISE, "refused above", logarithmic=True))
     draw(panels, out)
 
 
