@@ -94,7 +94,14 @@ def test_the_public_script_stands_beside_ours_of_the_same_torch(tmp_path: Path) 
 
 def test_in_bf16_with_checkpointing_losses_agree_to_rounding(settings: list[str]) -> None:
     """As the full-size model is measured: one pair a step, the frozen weights of both sides held once."""
-    half = [*settings, "precision=bf16", "gradient_checkpointing=true", "batch_size=1", "micro_batch_size=1"]
+    half = [
+        *settings,
+        "learning_rate=1e-4",
+        "precision=bf16",
+        "gradient_checkpointing=true",
+        "batch_size=1",
+        "micro_batch_size=1",
+    ]
     trainer = worlds.trainer_of(half, "method=dpo", "reference=ledger")
     literal = bench.literal_of(worlds.config_of(half, "method=dpo"))
     bench.hold_once([literal.unet, trainer.policy.unet])
@@ -103,7 +110,7 @@ def test_in_bf16_with_checkpointing_losses_agree_to_rounding(settings: list[str]
     assert shared == {name for name, parameter in weights[0].items() if not parameter.requires_grad}
     found = bench.losses(trainer, literal, 4)
     assert bench.check_same(found, bench.BF16_TOLERANCE) < bench.BF16_TOLERANCE
-    assert abs(found[-1][0] - found[0][0]) > bench.BF16_TOLERANCE
+    assert bench.check_same(found[:1]) < 1e-6 and found[1][0] != found[0][0]
 
 
 def test_a_checkout_is_looked_at_before_it_is_run(tmp_path: Path) -> None:
