@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 MANIFESTS := pyproject.toml kernels/pyproject.toml constraints.txt
 
-.PHONY: help quickstart quickstart-spo test lint compare bench kernels fuzz soak gpu-acceptance clean
+REFERENCE := .venv-reference
+
+.PHONY: help quickstart quickstart-spo test lint compare bench reference-venv kernels fuzz soak gpu-acceptance clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +16,7 @@ help:
 	@echo "make test         lint, types and the whole test suite"
 	@echo "make compare      SFT, DPO and RPO from one base over three seeds: an hour and a half or more, resumable"
 	@echo "make bench        the short set of benchmarks, 20 minutes"
+	@echo "make reference-venv   $(REFERENCE), 6 GB, in which diffusers' training scripts run too"
 	@echo "make kernels      the kernel package's proof without a GPU: gates, interpreter, lanes, mutations; 10 minutes"
 	@echo "make fuzz         5000 damaged inputs in-process and 300 through the command line; 45 minutes"
 	@echo "make soak         50 kill -9 over the phases of DPO, RPO and SPO runs, each resumed; 20 minutes, resumable"
@@ -62,8 +65,29 @@ compare: $(VENV)/.dev
 	@$(BIN)/python benchmarks/compare.py
 
 bench: $(VENV)/.dev
+	@echo "== SFT, DPO and RPO from one base, one seed: 10 minutes"
 	@$(BIN)/python benchmarks/compare.py --short
+	@echo "== our step over the bare UNet passes: 1 minute"
 	@$(BIN)/python benchmarks/limit.py --quick
+	@echo "== DPO against the literal trainer: 2 minutes"
+	@$(BIN)/python benchmarks/offline_vs_reference.py --short
+	@echo "== batch, records, loader, ranks: 3 minutes"
+	@$(BIN)/python benchmarks/scaling.py --short
+	@echo "== rounding that a ledger leaves: half a minute"
+	@$(BIN)/python benchmarks/ledger_noise.py --short
+	@echo "== kernels: what they move, and their times on the CPU, into runs/bench: 2 minutes"
+	@$(BIN)/python benchmarks/kernels.py counts cpu --out runs/bench
+
+# The public script imports torchvision, which has no build for the torch of constraints.txt: both sides run with these.
+reference-venv: $(REFERENCE)/.made
+
+$(REFERENCE)/.made: $(MANIFESTS)
+	@echo "== making $(REFERENCE) (several GB)"
+	@$(PYTHON) -m venv $(REFERENCE)
+	@grep -vE '^(torch|triton)==' constraints.txt > $(REFERENCE)/constraints.txt
+	@$(REFERENCE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(REFERENCE)/constraints.txt \
+		torch==2.14.1 torchvision==0.29.1 datasets wandb -e kernels -e .
+	@touch $@
 
 kernels: $(VENV)/.dev
 	@echo "== every kernel in every configuration compiled: gates, and the table in kernels/README.md"
@@ -92,4 +116,4 @@ gpu-acceptance: $(VENV)/.dev
 	@$(BIN)/python benchmarks/kernels.py gpu --plot --skip-without-gpu
 
 clean:
-	rm -rf $(VENV) runs stores .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(REFERENCE) runs stores .pytest_cache .mypy_cache .ruff_cache

@@ -1,10 +1,11 @@
 """How far a step is from the physical limit: our step over the bare UNet passes that its method needs.
 
-    python benchmarks/limit.py [--quick] [--model emoji|mid] [--repeats 7] [--compile] [--readme]
+    python benchmarks/limit.py [--quick] [--model emoji|mid|full] [--repeats 7] [--compile] [--report] [--readme]
 
 Ours and the bare passes take turns in one process on the same batch. The limit of a method is a policy forward and
 backward, with the reference switched in by LoRA a reference forward too, and for RPO over several micro-batches with
-rewards first another policy forward. Writes results/limit.csv and .md; the last line is ``ratio NAME VALUE …``.
+rewards first another policy forward. Writes results/limit.csv, and .md and .png of all models in it; the last line is
+``ratio NAME VALUE …``. ``--model full`` takes a few arms and 3 repeats, half an hour or more.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from statistics import median
 from typing import Any
 
 import torch
+from bars import Panel, draw
 from common import RESULTS, ROOT, fill, markdown, provenance, read_csv, write_csv
 from worlds import MODELS, open_world, trainer_of
 
+from fastpref.atomic import write_bytes
 from fastpref.errors import UserError
 from fastpref.train.batch import PairBatch
 from fastpref.train.offline import OfflineTrainer
@@ -39,6 +42,8 @@ ARMS = {
     "rpo-2-kept-ledger": ["method=rpo", "reference=ledger", "micro_batch_size=4", "accumulation=keep_graphs"],
 }
 QUICK = ("dpo", "dpo-ledger", "rpo-ledger")
+# One pair a forward, so that RPO's two pairs are two micro-batches.
+FULL_SIZE = {"dpo": ARMS["dpo"], "dpo-ledger": ARMS["dpo-ledger"], "rpo-2": ["method=rpo", "batch_size=2"]}
 
 
 class Bare:
@@ -105,17 +110,41 @@ def ratios(rows: Sequence[dict[str, Any]], arm: str) -> list[float]:
     return [float(row["ours_ms"]) / float(row["bare_ms"]) for row in rows if row["arm"] == arm]
 
 
+def by_setting(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each model, compiled and eager apart."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(f"{row['model']}{', compiled' if str(row['compile']) == 'True' else ''}", []).append(row)
+    return found
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Medians with the range of the repeats."""
     lines = []
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        own, found = [row for row in rows if row["arm"] == arm], ratios(rows, arm)
-        ms = [median(float(row[f"{side}_ms"]) for row in own) for side in ("ours", "bare")]
-        spread = f"{median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
-        met = "yes" if median(found) <= TARGET else "no"
-        lines.append([arm, f"{ms[0]:.1f}", f"{ms[1]:.1f}", spread, met])
-    head = ["step", "ours, ms", "bare passes, ms", f"ratio, median of {len(own)} (range)", f"at most {TARGET:.2f}"]
+    for setting, group in by_setting(rows).items():
+        for arm in dict.fromkeys(row["arm"] for row in group):
+            own, found = [row for row in group if row["arm"] == arm], ratios(group, arm)
+            ms = [f"{median(float(row[f'{side}_ms']) for row in own):.1f}" for side in ("ours", "bare")]
+            spread = f"{median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
+            met = "yes" if median(found) <= TARGET else "no"
+            lines.append([setting, arm, *ms, spread, str(len(own)), met])
+    head = ["model", "step", "ours, ms", "bare passes, ms", "ratio, median (range)", "repeats", f"at most {TARGET:.2f}"]
     return markdown(head, lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """The ratio of every arm beside the target."""
+    panels = [
+        Panel(
+            MODELS[group[0]["model"]] if len(setting.split()) == 1 else f"{MODELS[group[0]['model']]}, compiled",
+            "our step over the bare UNet passes",
+            {arm: {"median and range": ratios(group, arm)} for arm in dict.fromkeys(row["arm"] for row in group)},
+            TARGET,
+            f"at most {TARGET:.2f}",
+        )
+        for setting, group in by_setting(rows).items()
+    ]
+    draw(panels, out)
 
 
 def last_line(rows: Sequence[dict[str, Any]]) -> str:
@@ -129,12 +158,27 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="emoji")
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, 5 repeats, no CSV")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, help="default: 7, of the full-size model 3")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--compile", action="store_true", help="both sides with compile=true")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--report", action="store_true", help="run nothing: table and plot from the CSV")
     parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
     return parser.parse_args()
+
+
+def run(options: argparse.Namespace, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """All rows of the settings asked for."""
+    arms = FULL_SIZE if options.model == "full" else ARMS
+    repeats = options.repeats or (5 if options.quick else 3 if options.model == "full" else 7)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [*open_world(options.model, Path(folder)), f"compile={str(options.compile).lower()}"]
+        for arm in [name for name in arms if name in QUICK or not options.quick]:
+            print(arm, file=sys.stderr)
+            found = measure(trainer_of(settings, *arms[arm]), repeats)
+            rows += [about | {"arm": arm} | row | provenance() for row in found]
+    return rows
 
 
 def main() -> None:
@@ -143,27 +187,27 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     about = {"model": options.model, "compile": options.compile, "threads": torch.get_num_threads()}
-    rows: list[dict[str, Any]] = []
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            settings = [*open_world(options.model, Path(folder)), f"compile={str(options.compile).lower()}"]
-            for arm in QUICK if options.quick else ARMS:
-                print(arm, file=sys.stderr)
-                trainer = trainer_of(settings, *ARMS[arm])
-                found = measure(trainer, 5 if options.quick else options.repeats)
-                rows += [about | {"arm": arm} | row | provenance() for row in found]
+        rows: list[dict[str, Any]] = [] if options.report else run(options, about)
+        if not options.quick:
+            mine = {key: str(value) for key, value in about.items() if key != "threads"}
+            kept = [r for r in read_csv(options.out) if options.report or any(r[k] != v for k, v in mine.items())]
+            rows = [*kept, *rows]
+        if not rows:
+            raise UserError("no rows to report", str(options.out), "run the benchmark first")
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     if not options.quick:
-        kept = [row for row in read_csv(options.out) if any(row[key] != str(value) for key, value in about.items())]
-        write_csv(options.out, [*kept, *rows])
-        text = f"# Our step over the bare UNet passes: {MODELS[options.model]}\n\n{table(rows)}\n"
-        options.out.with_name(f"{options.out.stem}_{options.model}.md").write_text(text)
+        write_csv(options.out, rows)
+        text = f"# Our step over the bare UNet passes\n\n{table(rows)}\n"
+        write_bytes(options.out.with_suffix(".md"), text.encode())
+        plot(rows, options.out.with_suffix(".png"))
     if options.readme:
         fill(ROOT / "README.md", "table: limit", table(rows))
     print(table(rows))
-    print(last_line(rows))
+    for group in by_setting(rows).values():
+        print(last_line(group))
 
 
 if __name__ == "__main__":

@@ -126,7 +126,9 @@ class LiteralOffline:
 
     def _errors(self, inputs: tuple[Any, ...], target: Tensor) -> Tensor:
         noisy, t, prompt, conditions = inputs
-        pred = self.unet(noisy, t, prompt, added_cond_kwargs=conditions).sample
+        dtype = DTYPES[self.config.precision]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            pred = self.unet(noisy.to(dtype), t, prompt.to(dtype), added_cond_kwargs=conditions).sample
         return F.mse_loss(pred.float() if pred.dtype != torch.float64 else pred, target, reduction="none").mean(
             dim=(1, 2, 3)
         )

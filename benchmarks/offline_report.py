@@ -1,14 +1,28 @@
-"""The table of offline_vs_reference.py from its rows."""
+"""Tables and plot of offline_vs_reference.py from its rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bars import Panel, draw
 from common import markdown
 
 SHARE = 0.9  # of the ceiling
+SIDES, PUBLIC = ("ours", "ours, ledger"), "public script"
+FULL_SIZE = (
+    "full: the UNet, VAE and text encoders have SDXL's public shapes and random bf16 weights; the VAE runs in "
+    "fp32, as in the public scripts; pictures of 512 px, one pair a step (rpo: two), gradient checkpointing, 3 "
+    "repeats of one step; CLIP (rpo) is a small one. The sides hold the UNet's frozen weights once where they "
+    "take turns, each its own where memory is measured."
+)
+ABOUT_PUBLIC = (
+    "The public script is diffusers' train_diffusion_dpo_sdxl.py as it is: same model folder, parquet file, "
+    "batch, LoRA rank, precision and threads, launched once in every repeat behind the others' turns, its steps "
+    "timed from its progress line after two of warm-up. It draws its own noise, so its losses are not compared."
+)
 
 
 def times(rows: Sequence[dict[str, Any]], side: str) -> list[float]:
@@ -26,20 +40,48 @@ def ceiling(rows: Sequence[dict[str, Any]], side: str) -> float:
     return median(ratios(rows, "literal", f"bare, {side}"))
 
 
+def key_of(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """What was measured together: model, method, compiled or not, torch."""
+    return str(row["model"]), str(row["method"]), str(row["compile"]), str(row["torch"])
+
+
+def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """(model, method) → rows; the model's name says what else tells two groups apart."""
+    several = len({row["torch"] for row in rows}) > 1
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        model, method, compiled, version = key_of(row)
+        name = f"{model}{', compiled' if compiled == 'True' else ''}{f', torch {version}' if several else ''}"
+        found.setdefault((name, method), []).append(row)
+    return found
+
+
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    """One line a model, method and side of ours."""
-    lines = []
-    groups = dict.fromkeys((row["model"], row["method"], str(row["compile"])) for row in rows)
-    for model, method, compiled in groups:
-        own = [r for r in rows if (r["model"], r["method"], str(r["compile"])) == (model, method, compiled)]
+    """One line a model, method and side of ours; then those of the public script."""
+    lines, public = [], []
+    for (name, method), own in groups(rows).items():
         memory = {row["side"]: int(row["peak_rss_bytes"]) for row in own if row.get("peak_rss_bytes")}
-        for side in ("ours", "ours, ledger"):
+        for side in SIDES:
             if times(own, side):
-                lines.append(
-                    [f"{model}{', compiled' if compiled == 'True' else ''}", method, *_line(own, side, memory)]
-                )
+                lines.append([name, method, *_line(own, side, memory)])
+        if times(own, PUBLIC):
+            public.append([name, method, *_public_line(own)])
     head = ["model", "method", "reference", "literal, ms", "ours, ms", "speed-up (range)", "ceiling", "of the ceiling"]
-    return markdown([*head, f"at least {SHARE:.0%}", "peak memory, literal → ours, GB"], lines)
+    text = markdown([*head, f"at least {SHARE:.0%}", "peak memory, literal → ours, GB"], lines)
+    if any(row["model"] == "full" for row in rows):
+        text += f"\n\n{FULL_SIZE}"
+    if public:
+        head = ["model", "method", "public script, ms", "over ours, LoRA off (range)", "over ours, ledger (range)"]
+        text += f"\n\n{markdown([*head, 'over the literal trainer (range)'], public)}\n\n{ABOUT_PUBLIC}"
+    return text
+
+
+def _public_line(own: Sequence[dict[str, Any]]) -> list[str]:
+    return [f"{1e3 * median(times(own, PUBLIC)):.0f}", *(_spread(ratios(own, PUBLIC, s)) for s in (*SIDES, "literal"))]
+
+
+def _spread(found: Sequence[float]) -> str:
+    return f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
 def _line(own: Sequence[dict[str, Any]], side: str, memory: dict[str, int]) -> list[str]:
@@ -49,9 +91,24 @@ def _line(own: Sequence[dict[str, Any]], side: str, memory: dict[str, int]) -> l
         "ledger" if "ledger" in side else "LoRA off" if own[0]["method"] != "sft" else "–",
         f"{1e3 * median(times(own, 'literal')):.0f}",
         f"{1e3 * median(times(own, side)):.0f}",
-        f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})",
+        _spread(found),
         f"{most:.2f}",
         f"{share:.0%}",
         "yes" if share >= SHARE else "no",
         f"{memory['literal'] / 1e9:.2f} → {memory[side] / 1e9:.2f}" if side in memory else "–",
     ]
+
+
+def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Speed-up over the literal trainer and over the public script, beside the ceiling."""
+    panels: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for (name, method), own in groups(rows).items():
+        for side in SIDES:
+            if times(own, side):
+                bars = {"over the literal trainer": ratios(own, "literal", side)}
+                bars["ceiling: bare UNet passes"] = ratios(own, "literal", f"bare, {side}")
+                if times(own, PUBLIC):
+                    bars["over diffusers' script"] = ratios(own, PUBLIC, side)
+                label = method if method == "sft" else f"{method}, {'ledger' if 'ledger' in side else 'LoRA off'}"
+                panels.setdefault(name, {})[label] = bars
+    draw([Panel(name, "times as fast", found, 1.0, "as fast") for name, found in panels.items()], out)

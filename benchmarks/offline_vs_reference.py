@@ -1,13 +1,16 @@
 """Our SFT, DPO and RPO against a literal trainer in the style of the public scripts: same models, data and numerics.
 
-    python benchmarks/offline_vs_reference.py [--model emoji|mid|random] [--repeats 5] [--steps 3] [--readme]
-    python benchmarks/offline_vs_reference.py --reference-repo CHECKOUT [--python INTERPRETER]
+    python benchmarks/offline_vs_reference.py [--model emoji|mid|full|random] [--repeats 5] [--steps 3] [--readme]
+    make reference-venv && .venv-reference/bin/python benchmarks/offline_vs_reference.py --methods dpo \\
+        --reference-repo CHECKOUT
 
 The sides take turns in one process: literal (literal_offline.py), ours with the reference by LoRA switch, ours with the
 ledger, and the bare UNet passes of either. What the literal side spends beside those passes is what there is to gain:
 the ceiling is literal over bare, measured in the same run, and a benchmark whose losses differ is void. Peak memory is
-each side's own, in a process of its own. --reference-repo launches a checkout of diffusers (or, on a GPU, of
-DiffusionDPO) as it is on the same model and parquet file, under --python, whose packages it has to find.
+each side's own, in a process of its own. --reference-repo also launches a checkout of diffusers (or, on a GPU, of
+DiffusionDPO) as it is on the same model and parquet file, once in every repeat of dpo, behind the others' turns and
+with as many threads, under --python: by default the interpreter that ours runs under, so that both have one torch.
+``--model full`` takes two hours: 3 repeats of 1 step, dpo and rpo; losses agree to the rounding of bf16.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,20 +30,26 @@ import torch
 from common import RESULTS, ROOT, fill, provenance, read_csv, write_csv
 from limit import Bare, seconds
 from literal_offline import LiteralOffline
-from offline_report import report
-from reference_repo import run_script
+from offline_report import key_of, plot, report
+from reference_repo import find_script, run_script
 from worlds import MODELS, config_of, open_world, trainer_of
 
 from fastpref.atomic import write_bytes
 from fastpref.config import Config
 from fastpref.data.store import Store
 from fastpref.errors import UserError
+from fastpref.train.figures import MAX_LOGIT_NOISE
 from fastpref.train.offline import OfflineTrainer
 from fastpref.train.telemetry import peak_rss_bytes
 
 OUT = RESULTS / "offline_vs_reference.csv"
 METHODS = ("sft", "dpo", "rpo")
-LOSS_TOLERANCE = 1e-5
+LOSS_TOLERANCE, BF16_TOLERANCE = 1e-5, MAX_LOGIT_NOISE  # the logit's rounding moves a loss by no more than itself
+# Methods, repeats, steps of a repeat and overrides; RPO needs a second pair to contrast with.
+FULL_SIZE = {"methods": ("dpo", "rpo"), "repeats": 3, "steps": 1}
+FULL_SIZE_RPO = ["batch_size=2", "micro_batch_size=2"]
+SHORT = {"methods": ("dpo",), "repeats": 3, "steps": 2}
+USUAL = {"methods": METHODS, "repeats": 5, "steps": 3}
 
 
 class Draws:
@@ -68,15 +78,15 @@ def losses(trainer: OfflineTrainer, literal: LiteralOffline, steps: int) -> list
     return [(trainer.step(step)["loss"], literal.step(*draws.of(step))) for step in range(steps)]
 
 
-def check_same(found: list[tuple[float, float]]) -> float:
+def check_same(found: list[tuple[float, float]], tolerance: float = LOSS_TOLERANCE) -> float:
     """The largest difference of the losses.
 
     Raises:
         UserError: it is larger than rounding explains.
     """
     apart = max(abs(ours - literal) for ours, literal in found)
-    if not apart <= LOSS_TOLERANCE:
-        what = f"void: the losses of the two sides differ by {apart:.1e}, more than {LOSS_TOLERANCE:.0e}"
+    if not apart <= tolerance:
+        what = f"void: the losses of the two sides differ by {apart:.1e}, more than {tolerance:.0e}"
         raise UserError(what, "offline_vs_reference", "a benchmark of different work says nothing")
     return apart
 
@@ -87,11 +97,27 @@ def sides_of(settings: list[str], method: str) -> dict[str, list[str]]:
     return arms if method == "sft" else arms | {"ours, ledger": [f"method={method}", "reference=ledger"]}
 
 
-def measure(settings: list[str], method: str, repeats: int, steps: int) -> list[dict[str, Any]]:
-    """Rows ``repeat, side, seconds`` a step, for every side and for the bare passes of ours."""
-    ours = {side: trainer_of(settings, *overrides) for side, overrides in sides_of(settings, method).items()}
-    literal, first = literal_of(config_of(settings, f"method={method}")), next(iter(ours.values()))
-    apart = check_same(losses(first, literal, 3))
+def hold_once(models: list[Any]) -> None:
+    """Let UNets from the same files share the weights that nobody trains: three of full size do not fit."""
+    weights = {name: p.data for name, p in models[0].named_parameters() if not p.requires_grad}
+    for model in models[1:]:
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                parameter.data = weights[name]
+
+
+def measure(
+    settings: list[str], method: str, repeats: int, steps: int, public: Callable[[], float] | None = None
+) -> list[dict[str, Any]]:
+    """Rows ``repeat, side, seconds`` a step, for every side, for the bare passes of ours and for ``public``."""
+    ours: dict[str, OfflineTrainer] = {}
+    literal = literal_of(config_of(settings, f"method={method}"))
+    for side, overrides in sides_of(settings, method).items():
+        ours[side] = trainer_of(settings, *overrides)
+        hold_once([literal.unet, ours[side].policy.unet])
+    first = next(iter(ours.values()))
+    half = first.config.precision == "bf16"
+    apart = check_same(losses(first, literal, 2 if half else 3), BF16_TOLERANCE if half else LOSS_TOLERANCE)
     for trainer in list(ours.values())[1:]:
         trainer.step(0)
     calls: dict[str, Any] = {side: trainer.step for side, trainer in ours.items()}
@@ -112,12 +138,14 @@ def measure(settings: list[str], method: str, repeats: int, steps: int) -> list[
             rows.append({"repeat": repeat, "side": name, "seconds": round(spent[name] / steps, 6)})
         parts = {f"literal {part}": value - before.get(part, 0.0) for part, value in literal.seconds.items()}
         rows += [{"repeat": repeat, "side": name, "seconds": round(v / steps, 6)} for name, v in parts.items()]
+        if public is not None:
+            rows.append({"repeat": repeat, "side": "public script", "seconds": round(public(), 6)})
     return [{"method": method, **row, "loss difference": f"{apart:.1e}"} for row in rows]
 
 
-def peak(settings: list[str], method: str, side: str) -> int:
+def peak(settings: list[str], method: str, side: str, steps: int) -> int:
     """Peak resident bytes of one side in a process of its own."""
-    job = json.dumps({"settings": settings, "method": method, "side": side})
+    job = json.dumps({"settings": settings, "method": method, "side": side, "steps": steps})
     command = [sys.executable, __file__, "--worker", job, "--threads", str(torch.get_num_threads())]
     answer = subprocess.run(command, capture_output=True, text=True)
     if answer.returncode:
@@ -125,9 +153,9 @@ def peak(settings: list[str], method: str, side: str) -> int:
     return int(answer.stdout.split()[-1])
 
 
-def work(job: dict[str, Any], steps: int = 3) -> int:
+def work(job: dict[str, Any]) -> int:
     """A few steps of one side, nothing else loaded; its peak resident bytes."""
-    settings, method = job["settings"], job["method"]
+    settings, method, steps = job["settings"], job["method"], job["steps"]
     if job["side"] != "literal":
         trainer = trainer_of(settings, *sides_of(settings, method)[job["side"]])
         for step in range(steps):
@@ -147,35 +175,52 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="emoji")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="of every side in a repeat")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all")
+    parser.add_argument("--repeats", type=int, help="default: 5")
+    parser.add_argument("--steps", type=int, help="of every side in a repeat; default: 3")
+    parser.add_argument("--short", action="store_true", help="dpo, 3 repeats of 2 steps, no CSV")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--compile", action="store_true", help="ours and the bare passes with compile=true")
     parser.add_argument("--reference-repo", type=Path, help="checkout of diffusers or DiffusionDPO: time it too")
     parser.add_argument("--python", default=sys.executable, help="interpreter that runs the checkout's script")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--report", action="store_true", help="run nothing: the table from the CSV")
+    parser.add_argument("--report", action="store_true", help="run nothing: table and plot from the CSV")
     parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name, value in (SHORT if options.short else FULL_SIZE if options.model == "full" else USUAL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
 
 
 def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """All rows of the settings asked for."""
-    settings = [*open_world(options.model, folder), f"compile={str(options.compile).lower()}"]
+    if options.reference_repo is not None:
+        find_script(options.reference_repo)  # before anything is measured
+    world = [*open_world(options.model, folder), f"compile={str(options.compile).lower()}"]
     about = {"model": options.model, "compile": options.compile, "threads": torch.get_num_threads()}
     rows: list[dict[str, Any]] = []
     for method in options.methods:
         print(method, file=sys.stderr)
-        rows += measure(settings, method, options.repeats, options.steps)
+        settings = [*world, *(FULL_SIZE_RPO if (options.model, method) == ("full", "rpo") else [])]
+        public = None
+        if options.reference_repo is not None and method == "dpo":
+            config = config_of(settings, "method=dpo")
+            public = partial(
+                run_script, options.reference_repo, options.python, config, options.steps, folder / "public"
+            )
+        rows += measure(settings, method, options.repeats, options.steps, public)
         for side in ("literal", *sides_of(settings, method)):
-            rows.append({"method": method, "side": side, "peak_rss_bytes": peak(settings, method, side)})
-    if options.reference_repo is not None:
-        config = config_of(settings, "method=dpo")
-        value = run_script(options.reference_repo, options.python, config, 4 * options.steps + 2, folder / "public")
-        rows.append({"method": "dpo", "side": "public script", "repeat": 0, "seconds": round(value, 6)})
+            found = peak(settings, method, side, options.steps)
+            rows.append({"method": method, "side": side, "peak_rss_bytes": found})
     return [about | row | provenance() for row in rows]
+
+
+def merged(stored: list[dict[str, str]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``rows`` in place of those of the same model, method and torch."""
+    found = {key_of(row) for row in rows}
+    return [*(row for row in stored if key_of(row) not in found), *rows]
 
 
 def main() -> None:
@@ -187,12 +232,10 @@ def main() -> None:
         if options.worker:
             print(work(json.loads(options.worker)))
             return
+        stored: list[dict[str, Any]] = [] if options.short else list(read_csv(options.out))
         if not options.report:
             with tempfile.TemporaryDirectory() as folder:
-                rows = run(options, Path(folder))
-            others = [row for row in read_csv(options.out) if any(row[key] != str(rows[0][key]) for key in ("model",))]
-            write_csv(options.out, [*others, *rows])
-        stored = read_csv(options.out)
+                stored = merged(stored, run(options, Path(folder)))
         if not stored:
             raise UserError("no rows to report", str(options.out), "run the benchmark first")
     except UserError as error:
@@ -200,7 +243,11 @@ def main() -> None:
         sys.exit(2)
     text = report(stored)
     print(text)
+    if options.short:
+        return
+    write_csv(options.out, stored)
     write_bytes(options.out.with_suffix(".md"), f"# Offline training against the literal trainer\n\n{text}\n".encode())
+    plot(stored, options.out.with_suffix(".png"))
     if options.readme:
         fill(ROOT / "README.md", "table: offline_vs_reference", text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import time
@@ -33,7 +34,7 @@ class PublicScript:
 _COMMON = (
     *("--pretrained_model_name_or_path", "--dataset_name", "--output_dir", "--resolution", "--train_batch_size"),
     *("--max_train_steps", "--learning_rate", "--lr_warmup_steps", "--beta_dpo", "--mixed_precision", "--seed"),
-    *("--no_hflip", "--dataloader_num_workers"),
+    *("--no_hflip", "--dataloader_num_workers", "--gradient_checkpointing"),
 )
 SCRIPTS = (
     PublicScript(
@@ -70,7 +71,7 @@ def find_script(repo: Path) -> PublicScript:
 
 
 def command(script: PublicScript, repo: Path, python: str, config: Config, steps: int, out: Path) -> list[str]:
-    """How the script is started: the recipe's model, records, batch and optimizer, one process, fp32."""
+    """How the script is started: the recipe's model, records, batch, precision and optimizer, one process."""
     values = {
         "--pretrained_model_name_or_path": str(resolve_model_dir(config.model)),
         "--dataset_name": str(Path(config.records).parent),
@@ -81,7 +82,7 @@ def command(script: PublicScript, repo: Path, python: str, config: Config, steps
         "--learning_rate": str(config.learning_rate),
         "--lr_warmup_steps": "0",
         "--beta_dpo": str(int(config.beta)),
-        "--mixed_precision": "no",
+        "--mixed_precision": {"fp32": "no"}.get(config.precision, config.precision),
         "--seed": str(config.seed),
         "--dataloader_num_workers": "0",
         "--rank": str(config.lora_rank),
@@ -92,12 +93,25 @@ def command(script: PublicScript, repo: Path, python: str, config: Config, steps
     }
     arguments = [python, str(repo / script.path)]
     for flag in script.flags:
-        arguments += [flag, values[flag]] if flag in values else [flag]
+        if flag in values:
+            arguments += [flag, values[flag]]
+        elif flag != "--gradient_checkpointing" or config.gradient_checkpointing:
+            arguments.append(flag)
     return arguments
 
 
+def environment(out: Path) -> dict[str, str]:
+    """What the script finds around it: our number of threads, no network, no tracker, its caches beside its output."""
+    threads = str(torch.get_num_threads())
+    return {
+        **{"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"},
+        **{"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(out.parent / "datasets")},
+        **{"WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true"},
+    }
+
+
 def run_script(repo: Path, python: str, config: Config, steps: int, out: Path) -> float:
-    """Seconds a step of the checkout, the median after the first ones.
+    """Seconds a step of the checkout, the median of ``steps`` after the first ones.
 
     Raises:
         UserError: the checkout is not as expected, or the script failed.
@@ -105,10 +119,11 @@ def run_script(repo: Path, python: str, config: Config, steps: int, out: Path) -
     script = find_script(repo)
     if script.needs_cuda and not torch.cuda.is_available():
         raise UserError(f"{script.name} runs on a GPU only", str(repo), "there is none here: give diffusers' checkout")
-    if config.unet is not None:
-        raise UserError(f"{script.name} takes whole model folders", config.unet, "use --model emoji or random")
     process = subprocess.Popen(
-        command(script, repo, python, config, steps, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command(script, repo, python, config, _WARM_UP + steps, out),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **environment(out)},
     )
     assert process.stdout is not None
     seen, tail = {0: time.perf_counter()}, b""
@@ -116,7 +131,7 @@ def run_script(repo: Path, python: str, config: Config, steps: int, out: Path) -
         now, tail = time.perf_counter(), (tail + block)[-4096:]
         for match in _PROGRESS.finditer(tail):
             seen.setdefault(int(match[1]), now)
-    if process.wait() or len(seen) < _WARM_UP + 2:
+    if process.wait() or _WARM_UP + steps not in seen:
         last = tail.decode(errors="replace").strip().splitlines()[-1:]
         raise UserError(f"{script.name} ended with {process.returncode}", str(repo), f"it says: {''.join(last)[:200]}")
     return step_seconds(seen)

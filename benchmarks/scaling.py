@@ -1,11 +1,13 @@
-"""How time and memory grow: with the batch, the contrast group, the resolution, and the number of records.
+"""How time and memory grow: with the batch, the contrast group, the resolution, the number of records and of ranks.
 
-    python benchmarks/scaling.py [--only batch group resolution records loader] [--repeats 5] [--readme]
+    python benchmarks/scaling.py [--only KIND…] [--repeats 5] [--short] [--report] [--readme]
+    python benchmarks/scaling.py --only ranks --ranks 1 2 4 8
 
 Every point runs in a process of its own, whose peak resident memory it reports: RPO steps of the bundled model with the
 ledger for the first three; for records the opening of a store of 10³ … 10⁶ of them, a step's sampling and reading in
 the first and in a later epoch; for the loader the rate at which batches come beside the rate at which the model takes
-them. Writes results/scaling.csv, .md and .png.
+them. For ranks see scaling_ranks.py: DPO steps, LoRA and all weights, plain and under ZeRO 1-3, and the bytes a rank
+sends in one over those that ``fastpref plan`` names. Writes results/scaling.csv, .md and .png.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import scaling_ranks
 import torch
 from common import RESULTS, ROOT, fill, markdown, provenance, read_csv, write_csv
 from large_store import make_large_store
@@ -41,7 +44,9 @@ POINTS: dict[str, tuple[int, ...]] = {
     "resolution": (16, 32, 64),
     "records": (10**3, 10**4, 10**5, 10**6),
     "loader": (1, 8),
+    "ranks": (1, 2),
 }
+SHORT: dict[str, tuple[int, ...]] = {"batch": (2, 8), "records": (10**3, 10**5), "loader": (8,), "ranks": (2,)}
 MOST_SECONDS, MOST_BYTES = 1.0, 200e6  # of opening 10⁶ records
 FEEDS = 10  # times the model's rate
 
@@ -122,27 +127,25 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line a point."""
     lines = []
     for row in rows:
-        more = [
-            f"{label} {1e3 * float(row[key]):.2f} ms"
-            for key, label in (
-                ("sampling_first", "sampling"),
-                ("sampling_later", "in epoch 8"),
-                ("reading_first", "reading"),
-            )
-            if row.get(key)
-        ]
-        if row.get("grown_bytes"):
-            more.append(f"opening takes {float(row['grown_bytes']) / 1e6:.0f} MB")
-        if row.get("pairs_fed"):
-            ratio = float(row["pairs_fed"]) / float(row["pairs_trained"])
-            more.append(
-                f"feeds {ratio:.0f} times what is trained (at least {FEEDS}: {'met' if ratio >= FEEDS else 'missed'})"
-            )
         memory = f"{float(row['peak_rss_bytes']) / 1e9:.2f}" if row.get("peak_rss_bytes") else "–"
-        lines.append(
-            [row["kind"], f"{int(row['value'])}", f"{1e3 * float(row['seconds']):.1f}", memory, ", ".join(more)]
-        )
+        milliseconds = f"{1e3 * float(row['seconds']):.1f}"
+        lines.append([row["kind"], f"{int(row['value'])}", milliseconds, memory, ", ".join(_notes(row))])
     return markdown(["what grows", "to", "ms a step (records: to open)", "peak memory, GB", "also"], lines)
+
+
+def _notes(row: dict[str, Any]) -> list[str]:
+    labels = {"sampling_first": "sampling", "sampling_later": "in epoch 8", "reading_first": "reading"}
+    notes = [f"{label} {1e3 * float(row[key]):.2f} ms" for key, label in labels.items() if row.get(key)]
+    if row.get("grown_bytes"):
+        notes.append(f"opening takes {float(row['grown_bytes']) / 1e6:.0f} MB")
+    if row.get("pairs_fed"):
+        ratio = float(row["pairs_fed"]) / float(row["pairs_trained"])
+        met = "met" if ratio >= FEEDS else "missed"
+        notes.append(f"feeds {ratio:.0f} times what is trained (at least {FEEDS}: {met})")
+    if row["kind"] == "records" and int(row["value"]) == max(POINTS["records"]):
+        met = float(row["seconds"]) <= MOST_SECONDS and float(row["grown_bytes"]) <= MOST_BYTES
+        notes.append(f"at most {MOST_SECONDS:.0f} s and {MOST_BYTES / 1e6:.0f} MB: {'met' if met else 'missed'}")
+    return [*notes, scaling_ranks.note(row)] if row.get("arm") else notes
 
 
 def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
@@ -153,39 +156,54 @@ def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
     figure = Figure(figsize=(3.2 * max(len(kinds), 1), 5), layout="constrained")
     for place, kind in enumerate(kinds):
         own = [row for row in rows if row["kind"] == kind]
-        values = [int(row["value"]) for row in own]
         columns = (("seconds", 1e3, "ms"), ("peak_rss_bytes", 1e-9, "peak memory, GB"))
         for line, (key, scale, label) in enumerate(columns):
             axes = figure.add_subplot(2, len(kinds), line * len(kinds) + place + 1)
-            axes.plot(values, [float(row[key]) * scale for row in own], "o-")
+            for arm in dict.fromkeys(row.get("arm") for row in own):
+                of_arm = [row for row in own if row.get("arm") == arm]
+                where = [int(row["value"]) for row in of_arm]
+                axes.plot(where, [float(row[key]) * scale for row in of_arm], "o-", label=arm)
+            if kind == "ranks" and not line:
+                axes.legend(fontsize=6)
             axes.set_xscale("log", base=10 if kind == "records" else 2)
             axes.set_ylim(bottom=0)
             axes.set(xlabel=kind, ylabel=label)
     figure.savefig(out, dpi=120)
 
 
-def measure(kinds: Sequence[str], settings: list[str], folder: Path, repeats: int) -> list[dict[str, Any]]:
-    """All points, each in a fresh process."""
+def measure(
+    points: dict[str, tuple[int, ...]], settings: list[str], folder: Path, repeats: int, *, short: bool = False
+) -> list[dict[str, Any]]:
+    """All points, each in fresh processes."""
     rows = []
-    for kind in kinds:
-        for value in POINTS[kind]:
-            print(f"{kind} {value}", file=sys.stderr)
-            job = json.dumps([kind, value, settings, str(folder), repeats])
-            command = [sys.executable, __file__, "--worker", job, "--threads", str(torch.get_num_threads())]
-            answers = [
-                subprocess.run(command, capture_output=True, text=True) for _ in range(2 if kind == "records" else 1)
-            ]
-            if any(answer.returncode for answer in answers):
-                raise UserError(f"the point {kind} {value} failed", "scaling", answers[-1].stderr.strip()[-300:])
-            found = json.loads(answers[-1].stdout)
-            rows.append({"kind": kind, "value": value, "threads": torch.get_num_threads(), **found, **provenance()})
+    for kind, value in ((kind, value) for kind, values in points.items() for value in values):
+        for arm in scaling_ranks.arms(value, short=short) if kind == "ranks" else [""]:
+            print(f"{kind} {value} {arm}".rstrip(), file=sys.stderr)
+            found = {"threads": torch.get_num_threads()}
+            if arm:
+                found |= scaling_ranks.launch(settings, arm, value, repeats)
+            else:
+                found |= alone(kind, value, settings, folder, repeats)
+            rows.append({"kind": kind, "value": value, **found, **provenance()})
     return rows
+
+
+def alone(kind: str, value: int, settings: list[str], folder: Path, repeats: int) -> dict[str, Any]:
+    """One point in a process of its own; where a store has to be made first, in another one."""
+    job = json.dumps([kind, value, settings, str(folder), repeats])
+    command = [sys.executable, __file__, "--worker", job, "--threads", str(torch.get_num_threads())]
+    answers = [subprocess.run(command, capture_output=True, text=True) for _ in range(2 if kind == "records" else 1)]
+    if any(answer.returncode for answer in answers):
+        raise UserError(f"the point {kind} {value} failed", "scaling", answers[-1].stderr.strip()[-300:])
+    return json.loads(answers[-1].stdout)
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=POINTS, default=list(POINTS))
+    parser.add_argument("--only", nargs="+", choices=POINTS, default=list(POINTS), metavar="KIND")
+    parser.add_argument("--ranks", nargs="+", type=int, default=POINTS["ranks"], help="processes of the points 'ranks'")
+    parser.add_argument("--short", action="store_true", help="the few points of the short form, 3 repeats, no CSV")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -205,17 +223,23 @@ def main() -> None:
             kind, value, settings, folder, repeats = json.loads(options.worker)
             print(json.dumps(point(kind, value, settings, Path(folder), repeats)))
             return
+        rows: list[dict[str, Any]] = [] if options.short else list(read_csv(options.out))
         if not options.report:
+            points = SHORT if options.short else POINTS | {"ranks": tuple(options.ranks)}
+            points = {kind: values for kind, values in points.items() if kind in options.only}
             with tempfile.TemporaryDirectory() as folder:
-                found = measure(options.only, open_world("emoji", Path(folder)), Path(folder), options.repeats)
-            kept = [row for row in read_csv(options.out) if row["kind"] not in options.only]
-            write_csv(options.out, [*kept, *found])
-        rows = read_csv(options.out)
+                settings, repeats = open_world("emoji", Path(folder)), 3 if options.short else options.repeats
+                found = measure(points, settings, Path(folder), repeats, short=options.short)
+            rows = [*(row for row in rows if row["kind"] not in points), *found]
+        if not rows:
+            raise UserError("no rows to report", str(options.out), "run the benchmark first")
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    write_bytes(options.out.with_suffix(".md"), f"# Growth\n\n{table(rows)}\n".encode())
-    plot(rows, options.out.with_suffix(".png"))
+    if not options.short:
+        write_csv(options.out, rows)
+        write_bytes(options.out.with_suffix(".md"), f"# Growth\n\n{table(rows)}\n".encode())
+        plot(rows, options.out.with_suffix(".png"))
     if options.readme:
         fill(ROOT / "README.md", "table: scaling", table(rows))
     print(table(rows))

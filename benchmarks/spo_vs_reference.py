@@ -131,7 +131,8 @@ def refuse_public_code(folder: Path) -> None:
             what = "no such file" if text is None else f"it has changed: {lacking[0]!r} is not in it"
             todo = f"expected is a checkout of RockeyCoss/SPO with {', '.join(PUBLIC_CODE)}, started with --config FILE"
             raise UserError(what, str(folder / name), todo)
-    what = "the checkout is as expected, but this benchmark does not run it: its dependencies need a GPU build of torch"
+    what = "the checkout is as expected, but cannot run beside this package: it imports CLIPVisionTransformer, which"
+    what += " transformers 5 has not, and pins transformers 4.40, diffusers 0.26 and torch 2.3, older than ours may be"
     raise UserError(what, str(folder), "leave --reference-repo out to measure the literal order of work")
 
 

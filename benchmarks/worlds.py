@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from common import ROOT
 
 from fastpref.config import Config, load_config
 from fastpref.data.prepare import prepare
@@ -18,47 +22,113 @@ from fastpref.train.reference import prepare_reference
 MODELS = {
     "emoji": "the bundled SDXL, a UNet of 9.6 M parameters, 32 px",
     "mid": "a random UNet of 109 M parameters in its place",
+    "full": "SDXL's UNet of 2,567 M parameters, VAE and text encoders, random bf16 weights, 512 px, 1 pair a forward",
     "random": "a random SDXL for trying things out",
 }
 BATCH = 8
 COMMON = ["evaluate=false", "tracker=none", f"batch_size={BATCH}", "lora_rank=8", "beta=100", "learning_rate=1e-4"]
 MID = {"block_out_channels": (96, 192, 384), "transformer_layers_per_block": (1, 2, 4), "attention_head_dim": (3, 6, 6)}
+# SDXL's public configurations
+VAE = {
+    **{"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4},
+    **{"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 1024},
+    "scaling_factor": 0.13025,
+}
+TEXT_SHAPES = (
+    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    {
+        **{"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
+        **{"hidden_act": "gelu", "projection_dim": 1280},
+    },
+)
 
 
 def open_world(model: str, folder: Path, pairs: int = 64) -> list[str]:
     """Settings of a recipe on ``model`` with a prepared store of the bundled pairs."""
-    records, pipeline, clip, unet = folder / "records.parquet", "emoji", "emoji", ""
-    folder.mkdir(parents=True, exist_ok=True)
+    if model == "full":
+        return open_full_size()
+    records, clip = folder / "records" / "train.parquet", "emoji"  # alone in its folder, as public scripts want it
+    pipeline = {"emoji": "emoji", "mid": str(folder / "mid"), "random": str(folder / "model")}[model]
     if not records.is_file():
+        records.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pq.read_table(TRAIN_PARQUET).slice(0, pairs), records)
     if model == "random":
         from fastpref.emoji.random_models import make_random_clip, make_random_sdxl
 
-        pipeline, clip = str(folder / "model"), str(folder / "clip")
+        clip = str(folder / "clip")
         if not (folder / "clip" / "config.json").is_file():
             make_random_sdxl(pipeline, vae_factor=2)
             make_random_clip(clip)
     if model == "mid":
-        unet = f"unet={mid_unet(folder / 'mid')}"
+        make_mid(Path(pipeline))
     where = [f"model={pipeline}", f"clip={clip}", f"records={records}", f"store={folder / 'store'}", "resolution=32"]
-    settings = [*COMMON, *where, *([unet] if unet else [])]
+    settings = [*COMMON, *where]
     prepare(load_config("", settings), progress=False)
     return settings
 
 
-def mid_unet(folder: Path) -> Path:
-    """The bundled UNet's shape made wider and deeper, with random weights."""
+def make_mid(folder: Path) -> None:
+    """The bundled model with a UNet of its shape made wider and deeper, with random weights."""
     from diffusers import UNet2DConditionModel
 
-    if not (folder / "config.json").is_file():
-        shape = json.loads((MODEL_DIR / "unet" / "config.json").read_text())
-        blocks = {
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        }
-        torch.manual_seed(0)
-        UNet2DConditionModel.from_config(shape | blocks | MID | {"layers_per_block": 2}).save_pretrained(folder)
-    return folder
+    if (folder / "unet" / "config.json").is_file():
+        return
+    shutil.copytree(MODEL_DIR, folder, ignore=lambda _, names: {"unet"} & set(names), dirs_exist_ok=True)
+    shape = json.loads((MODEL_DIR / "unet" / "config.json").read_text())
+    blocks = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    torch.manual_seed(0)
+    UNet2DConditionModel.from_config(shape | blocks | MID | {"layers_per_block": 2}).save_pretrained(folder / "unet")
+
+
+def open_full_size() -> list[str]:
+    """As :func:`open_world`, kept for the next time: the UNet of sdxl_full_size.py, made if it is not there yet."""
+    import sdxl_full_size as full_size
+
+    inputs = ROOT / "runs" / "sdxl_full_size"
+    full_size.make_inputs(inputs)
+    folder, records = inputs / "whole", inputs / "records.parquet"
+    if not (folder / "made").is_file():
+        shutil.copytree(inputs / "model", folder, dirs_exist_ok=True, copy_function=os.link)  # 5 GB, twice on no disk
+        make_full_encoders(folder)
+        (folder / "made").touch()
+    where = [f"model={folder}", f"clip={inputs / 'clip'}", f"records={records}", f"store={inputs / 'whole_store'}"]
+    size = ["precision=bf16", "gradient_checkpointing=true", "resolution=512", "batch_size=1", "micro_batch_size=1"]
+    settings = [*COMMON, *where, *size]
+    prepare(load_config("", settings), progress=False)
+    return settings
+
+
+def make_full_encoders(folder: Path) -> None:
+    """Put a VAE and text encoders of SDXL's public shapes, with random bf16 weights, in place of the small ones."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    ends = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    torch.manual_seed(0)
+    try:
+        _replace(folder / "vae", AutoencoderKL(**VAE))
+        for name, kind, shape in (
+            ("text_encoder", CLIPTextModel, TEXT_SHAPES[0]),
+            ("text_encoder_2", CLIPTextModelWithProjection, TEXT_SHAPES[1]),
+        ):
+            _replace(folder / name, kind(CLIPTextConfig(**shape, **ends)))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _replace(folder: Path, model: Any) -> None:
+    shutil.rmtree(folder)  # its files are also those of another folder
+    model.save_pretrained(folder)
 
 
 def trainer_of(settings: list[str], *overrides: str) -> OfflineTrainer:

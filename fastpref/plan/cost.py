@@ -9,6 +9,7 @@ from pathlib import Path
 from fastpref.config import Config
 from fastpref.data.manifest import MANIFEST, read_manifest
 from fastpref.plan.count import StepCount
+from fastpref.train.deepspeed_config import read_settings
 
 
 @dataclass(frozen=True)
@@ -30,23 +31,26 @@ class Batch:
 
 
 def traffic_bytes(config: Config, count: StepCount, batch: Batch, stage: int, gpus: int) -> int:
-    """Bytes that one rank sends in a step, collectives as rings (Rajbhandari et al., arXiv 1910.02054, section 7).
+    """Bytes that one rank sends in a step of training, collectives as rings (Rajbhandari et al., arXiv 1910.02054,
+    section 7), as DeepSpeed does them (benchmarks/scaling_ranks.py counts).
 
-    Stage 0 all-reduces gradients once; 1 reduce-scatters them and gathers weights; 2 reduces after every forward; 3
-    gathers all weights, frozen ones too, for every forward and every backward.
+    Stage 0 all-reduces gradients once. DeepSpeed's stages 1 and 2 all-reduce them too, unless its
+    ``use_multi_rank_bucket_allreduce`` is false, 1 once and 2 after every backward, and gather what was updated. 3
+    reduce-scatters gradients and gathers weights, frozen ones too, for every forward and every backward: the most, for
+    weights that are soon needed again may stay (``stage3_max_reuse_distance``) and prefetching may gather in vain.
     """
     part = (gpus - 1) / gpus
-    gradients, trained = count.gradients * part, count.trained * part
+    gradients, trained, frozen = count.gradients * part, count.trained * part, count.frozen * part
     if stage == 0:
         return round(2 * gradients)
-    if stage == 1:
-        return round(gradients + trained)
-    if stage == 2:
-        return round(batch.rounds * gradients + trained)
+    if stage < 3:
+        zero = read_settings(config).get("zero_optimization", {})
+        reduced = gradients * (2 if zero.get("use_multi_rank_bucket_allreduce", True) else 1)
+        return round(reduced * (1 if stage == 1 else batch.rounds) + trained)
+    base, copy = (frozen, 0.0) if config.train == "lora" else (0.0, frozen)
     with_reference = config.method != "sft" and config.reference != "ledger"
-    passes = 2 + with_reference  # forward, backward, the reference's forward
-    passes += _rewards_first(config, batch)
-    return round(batch.rounds * (gradients + passes * (count.frozen + count.trained) * part))
+    passes = 2 + _rewards_first(config, batch)  # forward, backward
+    return round(batch.rounds * (gradients + passes * (base + trained) + with_reference * (base + copy)))
 
 
 def flops(config: Config, count: StepCount, batch: Batch, gpus: int) -> int:

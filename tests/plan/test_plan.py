@@ -88,7 +88,7 @@ def test_the_step_inside_the_backward_saves_the_gradients(sdxl_config: MakeConfi
     assert plain.peak - inside.peak > 0.5 * plain.gradients
 
 
-def test_zero_divides_what_it_says() -> None:
+def test_zero_divides_what_it_says(tmp_path: Path) -> None:
     """By hand, 1000 fp32 values over 4 ranks, of which everything is trained."""
     config = load_config("", ["method=dpo", "train=full"])
     count = StepCount(4000, 4000, 1000, [torch.Size([1000])], 4000, 700, 4500, 1, 0)
@@ -100,7 +100,15 @@ def test_zero_divides_what_it_says() -> None:
     batch = Batch.of(load_config("", ["batch_size=24", "micro_batch_size=2"]), 4)
     assert (batch.share, batch.micro, batch.rounds) == (6, 2, 3)
     sent = [traffic_bytes(config, count, batch, stage, 4) for stage in (0, 1, 2, 3)]
-    assert sent == [6000, 6000, 3 * 3000 + 3000, 3 * (3000 + 3 * 6000)]
+    assert sent == [6000, 6000 + 3000, 3 * 6000 + 3000, 3 * (3000 + 2 * 3000 + 3000)]
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"use_multi_rank_bucket_allreduce": false}}')
+    apart = load_config("", ["method=dpo", "train=full", "engine=deepspeed", f"deepspeed={tmp_path}/zero.json"])
+    assert [traffic_bytes(apart, count, batch, stage, 4) for stage in (1, 2)] == [6000, 3 * 3000 + 3000]
+    adapter, ledger = (load_config("", ["method=rpo", f"reference={kind}"]) for kind in ("adapter", "ledger"))
+    lora = StepCount(40000, 400, 100, [torch.Size([100])], 400, 700, 1100, 1, 0)
+    three_passes = 3 * (300 + 3 * (30000 + 300))  # the rewards come first
+    assert traffic_bytes(ledger, lora, batch, 3, 4) == three_passes
+    assert traffic_bytes(adapter, lora, batch, 3, 4) == three_passes + 3 * 30000
 
 
 @pytest.mark.parametrize("share", [0.5, 0.3])

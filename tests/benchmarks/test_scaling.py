@@ -1,0 +1,73 @@
+"""What a rank sends is counted by hand and as the plan says; the noise of a ledger, and the tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import ledger_noise  # noqa: E402
+import scaling  # noqa: E402
+import scaling_ranks as ranks  # noqa: E402
+import worlds  # noqa: E402
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_ring_of_four_sends_what_is_counted(group: None) -> None:
+    values = torch.ones(1000)  # 4000 bytes
+    with ranks.Traffic(4) as traffic:
+        dist.all_reduce(values)
+        dist.broadcast(values, 0)
+        dist.all_gather([torch.empty_like(values)], values)
+        dist.reduce_scatter_tensor(torch.empty_like(values), values)
+        dist.barrier()
+    expected = {"allreduce_": 6000, "broadcast_": 3000, "allgather_": 3000, "_reduce_scatter_base_": 3000}
+    assert {name: sent for name, sent in traffic.sent.items() if sent} == expected
+    with pytest.raises(ValueError, match="no rule for what gather_ sends"), ranks.Traffic(4):
+        dist.gather(values, [torch.empty_like(values)], 0)
+
+
+def test_two_ranks_under_zero_2_send_what_the_plan_says(tmp_path: Path) -> None:
+    settings = worlds.open_world("random", tmp_path, pairs=16)
+    row = ranks.launch(settings, "full ZeRO-2", 2, 1)
+    assert row["formula_bytes"] < row["sent_bytes"] < 1.01 * row["formula_bytes"]
+    assert row["sent_allreduce"] > 1.9 * row["sent_allgather_base"] > 0
+    line = scaling.table([row | {"kind": "ranks", "value": "2"}]).splitlines()[-1]
+    assert line.startswith("| ranks | 2 |") and "all weights, ZeRO-2: a rank sends" in line and "of the formula" in line
+
+
+def test_arms_and_the_bars_of_the_store() -> None:
+    assert ranks.arms(1) == ["lora local", "full local"] and len(ranks.arms(2)) == 2 * len(ranks.ENGINES)
+    assert ranks.arms(2, short=True) == list(ranks.SHORT)
+    row = {"kind": "records", "value": "1000000", "seconds": "0.5", "grown_bytes": "1e8", "peak_rss_bytes": "3e8"}
+    assert "at most 1 s and 200 MB: met" in scaling.table([row])
+    assert "at most 1 s and 200 MB: missed" in scaling.table([row | {"grown_bytes": "3e8"}])
+    fed = {"kind": "loader", "value": "8", "seconds": "0.1", "pairs_fed": "90", "pairs_trained": "10"}
+    assert "feeds 9 times what is trained (at least 10: missed)" in scaling.table([fed])
+
+
+def test_a_ledgers_noise_by_hand(tmp_path: Path) -> None:
+    """An offset that winner and loser share cancels; errors apart by 0.01 move the logit by β/2 times that."""
+    training = torch.zeros(2, 3, dtype=torch.float64)
+    assert ledger_noise.noise(training, training + 0.7, 500) == 0.0
+    assert ledger_noise.noise(training, training + torch.tensor([[0.01], [0.0]]), 500) == pytest.approx(2.5)
+    rows = [
+        {"model": "emoji", "precision": "bf16", "ledger": "8 pairs a forward", "beta": str(beta), "noise": "0"}
+        for beta in ledger_noise.BETAS
+    ]
+    assert "| emoji | bf16 | 8 pairs a forward, as in training | 0 | 0 | 0 | 0 |" in ledger_noise.table(rows)
+    ledger_noise.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
