@@ -17,6 +17,7 @@ from fastpref.atomic import write_bytes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+TABLES = ROOT / "benchmarks" / "README.md"
 
 
 def provenance() -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common import RESULTS, ROOT, fill, provenance, read_csv, write_csv
+from common import RESULTS, ROOT, TABLES, fill, provenance, read_csv, write_csv
 from compare_report import plot, report, summary_table
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -157,7 +157,7 @@ def parse(plan: dict[str, Any], arms: dict[str, Arm]) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=sorted(arms), default=list(arms))
     parser.add_argument("--short", action="store_true", help="the few arms of compare.yaml's short form, in 20 minutes")
     parser.add_argument("--report", action="store_true", help="run nothing: tables and plots from the CSV")
-    parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="also put the table into benchmarks/README.md")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "compare")
     options = parser.parse_args()
     if options.short:
@@ -188,7 +188,7 @@ def main() -> None:
     write_bytes(out.with_suffix(".md"), f"# {plan['title']}\n\n{text}\n".encode())
     plot(plan, rows, out.with_suffix(".png"))
     if options.readme:
-        fill(ROOT / "README.md", "table: make compare", summary_table(plan, rows))
+        fill(TABLES, "table: make compare", summary_table(plan, rows))
 
 
 if __name__ == "__main__":

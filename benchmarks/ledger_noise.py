@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from bars import Panel, draw
-from common import RESULTS, ROOT, fill, markdown, provenance, read_csv, write_csv
+from common import RESULTS, TABLES, fill, markdown, provenance, read_csv, write_csv
 from worlds import BATCH, MODELS, open_world, trainer_of
 
 from fastpref.atomic import write_bytes
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="one batch of the emoji model, no CSV")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--report", action="store_true", help="run nothing: table and plot from the CSV")
-    parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="also put the table into benchmarks/README.md")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = [] if options.short else list(read_csv(options.out))
     for model in ("emoji",) if options.short else () if options.report else options.models:
@@ -141,7 +141,7 @@ def main() -> None:
     write_bytes(options.out.with_suffix(".md"), f"# Rounding that a ledger leaves in the logit\n\n{text}\n".encode())
     plot(rows, options.out.with_suffix(".png"))
     if options.readme:
-        fill(ROOT / "README.md", "table: ledger_noise", text)
+        fill(TABLES, "table: ledger_noise", text)
 
 
 if __name__ == "__main__":

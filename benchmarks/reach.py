@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common import RESULTS, ROOT, fill, provenance, read_csv, write_csv
+from common import RESULTS, ROOT, TABLES, fill, provenance, read_csv, write_csv
 from compare import PLACES, world_fingerprint
 from reach_report import BASE, passes, plot, report
 from rich.console import Console
@@ -270,7 +270,7 @@ def parse(arms: dict[str, Arm]) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=sorted(arms), default=list(arms))
     parser.add_argument("--report", action="store_true", help="run nothing: tables and plot from the CSV")
-    parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="also put the table into benchmarks/README.md")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "reach")
     parser.add_argument("--out", type=Path, default=OUT, help="CSV; table and plot go beside it")
     return parser.parse_args()
@@ -300,7 +300,7 @@ def main() -> None:
     write_bytes(options.out.with_suffix(".md"), f"# {plan['title']}\n\n{text}\n".encode())
     plot(plan, rows, options.out.with_suffix(".png"))
     if options.readme:
-        fill(ROOT / "README.md", "table: reach", text)
+        fill(TABLES, "table: reach", text)
 
 
 if __name__ == "__main__":

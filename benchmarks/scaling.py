@@ -26,7 +26,7 @@ from typing import Any
 
 import scaling_ranks
 import torch
-from common import RESULTS, ROOT, fill, markdown, provenance, read_csv, write_csv
+from common import RESULTS, TABLES, fill, markdown, provenance, read_csv, write_csv
 from large_store import make_large_store
 from limit import seconds
 from worlds import config_of, open_world, trainer_of
@@ -208,7 +208,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--report", action="store_true", help="run nothing: table and plot from the CSV")
-    parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="also put the table into benchmarks/README.md")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -241,7 +241,7 @@ def main() -> None:
         write_bytes(options.out.with_suffix(".md"), f"# Growth\n\n{table(rows)}\n".encode())
         plot(rows, options.out.with_suffix(".png"))
     if options.readme:
-        fill(ROOT / "README.md", "table: scaling", table(rows))
+        fill(TABLES, "table: scaling", table(rows))
     print(table(rows))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, ROOT, fill, provenance, read_csv, write_csv
+from common import RESULTS, ROOT, TABLES, fill, provenance, read_csv, write_csv
 from compare import fingerprint
 from spo_bench import Bench, Outcome
 from spo_vs_reference_report import SPANS, plot, report, summary
@@ -146,7 +146,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--out", type=Path, help="CSV; tables and plot go beside it")
     parser.add_argument("--report", action="store_true", help="run nothing: tables and plot from the CSV")
-    parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="also put the table into benchmarks/README.md")
     parser.add_argument("--reference-repo", type=Path, help="checkout of the public code: is it as expected?")
     return parser.parse_args()
 
@@ -176,7 +176,7 @@ def main() -> None:
     write_bytes(out.with_suffix(".md"), f"# SPO against the literal order of work\n\n{text}\n".encode())
     plot(rows, out.with_suffix(".png"))
     if options.readme:
-        fill(ROOT / "README.md", "table: spo_vs_reference", summary(rows))
+        fill(TABLES, "table: spo_vs_reference", summary(rows))
 
 
 if __name__ == "__main__":
