@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
@@ -57,6 +59,23 @@ def test_a_checkpoint_keeps_its_input_only() -> None:
                 live[checkpointed] = memory.live
                 del y
     assert live == {False: 4096, True: 1024}
+
+
+def test_counting_operations_keeps_nothing_alive() -> None:
+    """Of checkpointed modules, whose recomputed activations have to go block by block."""
+    peaks = {}
+    for counter in (nullcontext(), Operations()):
+        with FakeTensorMode():
+            blocks = [torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(4))) for _ in range(4)]
+            known = [p for block in blocks for p in block.parameters()]
+            x = torch.empty(1024, 16, requires_grad=True)
+            with PeakMemory([*known, x]) as memory, counter:
+                y = x
+                for block in blocks:
+                    y = checkpoint(block, y, use_reentrant=False)
+                y.sum().backward()
+            peaks[type(counter)] = memory.peak
+    assert len(set(peaks.values())) == 1
 
 
 def test_operations_by_hand() -> None:
