@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 
 import torch
 
 _MEMINFO = Path("/proc/meminfo")
+_M_MMAP_THRESHOLD, _GIVEN_BACK = -3, 1 << 20  # of glibc's malloc.h; bytes
 
 
 def total_bytes(device: torch.device) -> int:
@@ -43,3 +46,17 @@ def moved(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
+
+
+def give_back_freed_blocks() -> None:
+    """Have glibc return blocks of a MiB and more to the system as soon as they are freed; elsewhere nothing.
+
+    It keeps blocks below 32 MB in its heap, where checkpoints that stay lie between activations that go: a forward of
+    full-size SDXL leaves 1.2 GB of holes around 0.2 GB of tensors. Every new block then costs its page faults. Holes
+    that are there already are still filled first, so call it before models are loaded. An environment variable
+    MALLOC_MMAP_THRESHOLD_ goes first.
+    """
+    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, _GIVEN_BACK)

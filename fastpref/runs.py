@@ -20,9 +20,12 @@ def run_training(config: Config, *, dry_run: bool = False) -> str:
     Raises:
         Stopped: a signal ended the training after a checkpoint (see :mod:`fastpref.train.job`).
     """
+    from fastpref.memory import give_back_freed_blocks
     from fastpref.models.loading import resolve_device
     from fastpref.train.world import close_world, open_world
 
+    if config.gradient_checkpointing:  # memory was asked for, at the cost of time
+        give_back_freed_blocks()
     world = open_world(config, resolve_device(config.device))
     try:
         with world.watching():

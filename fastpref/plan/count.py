@@ -19,7 +19,7 @@ from fastpref.config_rules import STEPWISE_METHODS
 from fastpref.models.loading import DTYPES
 from fastpref.models.policy import Conditioning, Policy, make_policy, master_dtype
 from fastpref.objectives import build_objective
-from fastpref.plan.meter import PeakMemory, flop_counter
+from fastpref.plan.meter import Operations, PeakMemory
 from fastpref_kernels import implicit_reward
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
@@ -77,7 +77,7 @@ def count_step(config: Config, shapes: Shapes, pairs: int, *, several: bool = Fa
     with FakeTensorMode():
         policy = _with_fake_weights(made)
         known = [*_tensors(policy.unet), *(_tensors(policy.reference_unet) if policy.reference_unet else [])]
-        memory, flops, rolled = PeakMemory(known), flop_counter(), flop_counter()
+        memory, flops, rolled = PeakMemory(known), Operations(), Operations()
         with memory, _gradient_hooks(config, policy, memory):
             if objective is None:
                 with rolled:
@@ -102,8 +102,8 @@ def count_step(config: Config, shapes: Shapes, pairs: int, *, several: bool = Fa
         gradients=trained,
         activations=memory.rest_peak,
         peak=memory.peak,
-        flops=flops.get_total_flops(),
-        rollout_flops=rolled.get_total_flops(),
+        flops=flops.total,
+        rollout_flops=rolled.total,
         forward_flops=forward,
     )
 
@@ -114,10 +114,10 @@ def _offline(policy: Policy, shapes: Shapes, rows: int, *, with_reference: bool)
     target, error = torch.empty_like(noisy), None
     if with_reference:
         error = -implicit_reward(policy.predict_reference(noisy, timesteps, conditioning), target)
-    with flop_counter() as forward:
+    with Operations() as forward:
         prediction = policy.predict(noisy, timesteps, conditioning)
     implicit_reward(prediction, target, ref_error=error).sum().backward()
-    return forward.get_total_flops()
+    return forward.total
 
 
 def _transitions(config: Config, policy: Policy, shapes: Shapes, pairs: int) -> None:

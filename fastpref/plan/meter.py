@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 
@@ -66,18 +66,35 @@ class _Entry:
         self.size, self.aside = size, False
 
 
-def flop_counter() -> FlopCounterMode:
-    """torch's counter, with the CPU's fused attention, which it does not know."""
-    ops = torch.ops.aten
+class Operations(TorchDispatchMode):
+    """Floating-point operations by torch's formulas, a multiplication and an addition being two.
 
-    def forward(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return sdpa_flop_count(q, k, v)
+    torch's own FlopCounterMode attributes them to modules by hooks on their tensors, which keep what checkpointing
+    recomputes alive until it is left: no peak can be taken at the same time.
+    """
 
-    def backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return sdpa_backward_flop_count(grad, q, k, v)
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
 
-    mapping = {
-        ops._scaled_dot_product_flash_attention_for_cpu: forward,
-        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=mapping)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = _FORMULAS.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+
+
+_FORMULAS: dict[Any, Any] = {
+    **flop_registry,  # and the CPU's fused attention, which torch does not know
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
