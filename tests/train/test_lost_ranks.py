@@ -60,8 +60,12 @@ def test_a_killed_rank_is_named_and_the_run_resumed_is_the_same_run(
     assert all(torch.equal(left[name], right[name]) for name in right)
 
 
-def test_a_rank_that_stands_still_is_named_after_rank_timeout(recipe: Callable[..., Config], tmp_path: Path) -> None:
-    config = recipe("name=hangs", "steps=16", "rank_timeout=6")
+@pytest.mark.parametrize("engine", [[], ["engine=deepspeed", "zero_stage=3"]], ids=["local", "ZeRO-3"])
+def test_a_rank_that_stands_still_is_named_after_rank_timeout(
+    recipe: Callable[..., Config], tmp_path: Path, engine: list[str]
+) -> None:
+    """DeepSpeed's collectives too, which it runs in a process group of its own."""
+    config = recipe("name=hangs", "steps=16", "rank_timeout=6", *engine)
     files = ranks.recipe_files([Task(config, fault="stop")], tmp_path)
     processes = ranks.start([ranks.__file__, *files])
     ((code, said),) = ranks.finish(processes[:1], timeout=300)
