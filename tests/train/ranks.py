@@ -133,17 +133,20 @@ def _no_space(patch: pytest.MonkeyPatch) -> None:
 
 
 def _stop(patch: pytest.MonkeyPatch) -> None:
-    """Stand still in the fourth step."""
-    from fastpref.train.offline import OfflineTrainer
+    """Stand still before the fourth back-propagation, in whose collectives the others are."""
+    from fastpref.train.deepspeed_engine import ShardedEngine
+    from fastpref.train.engine import LocalEngine
 
-    launch = OfflineTrainer.launch
+    count = iter(range(1000))
 
-    def stand_still(self: Any, number: int) -> Any:
-        if number == 3:
+    def stand_still(self: Any, objective: Any, go: Any) -> None:
+        if next(count) == 3:
             os.kill(os.getpid(), signal.SIGSTOP)
-        return launch(self, number)
+        go(self, objective)
 
-    patch.setattr(OfflineTrainer, "launch", stand_still)
+    for engine in (LocalEngine, ShardedEngine):
+        backward = engine.backward
+        patch.setattr(engine, "backward", lambda self, x, go=backward: stand_still(self, x, go))
 
 
 FAULTS = {"nan": _spoil(float("nan")), "overflow": _spoil(1e9), "no space": _no_space, "stop": _stop}
