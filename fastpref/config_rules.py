@@ -114,8 +114,6 @@ def _refuse(config: Config, keys: tuple[str, ...]) -> None:
 def _check_scorer_method(config: Config) -> None:
     if config.train != "full":
         raise ValueError(f"method {config.method} trains all weights of the preference model: set train=full")
-    if config.engine == "deepspeed":
-        raise ValueError(f"engine is deepspeed with method {config.method}: use local, several ranks share that too")
     _refuse(config, ("safeguard", "sft_weight", "caption_dropout"))
     if config.relabel is not None and config.label_noise:
         raise ValueError("label_noise is set with relabel, which passes over the records' labels: remove one")

@@ -80,6 +80,16 @@ class LatentRewardModel(nn.Module):
         """Rows of the UNet that so many latents cost."""
         return latents if self.guidance_scale == 1.0 else 2 * latents
 
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, empty: Conditioning, texts: Tensor
+    ) -> Tensor:
+        """Scores (n,) of noisy latents against their text rows (n, width); see :meth:`embed_latents`.
+
+        Training calls this and not its parts, because ZeRO-3 gathers weights along forwards.
+        """
+        latents = self.embed_latents(noisy, timesteps, conditioning, empty)
+        return self.score(latents, self.embed_texts(texts))
+
     def embed_latents(
         self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, empty: Conditioning
     ) -> Tensor:

@@ -119,6 +119,19 @@ class StepPreferenceModel(ClipScorer):
         """All weights by name."""
         return dict(self.named_parameters())
 
+    @property
+    def read_from_outside(self) -> tuple[str, ...]:
+        """The weights that another module's forward than their own looks at."""
+        return ("clip.logit_scale", "clip.text_model.embeddings.position_embedding.weight")
+
+    def forward(self, images: Tensor, timesteps: Tensor, captions: Sequence[str], own: Tensor) -> Tensor:
+        """Scores (n,) of decoded pictures at their timesteps, each against ``captions[own]``, ``own`` (n,) int.
+
+        Training calls this and not its parts, because ZeRO-3 gathers weights along forwards.
+        """
+        texts = self.embed_texts(captions).index_select(0, own)
+        return self.score(self.embed_images(images, timesteps), texts)
+
     def embed_images(self, images: Tensor, timesteps: Tensor) -> Tensor:
         """(n, E) unit rows of decoded pictures (n, 3, H, W) in [-1, 1], seen as x̂0 at ``timesteps`` (n,) int."""
         vision = self.clip.vision_model

@@ -16,7 +16,7 @@ import torch
 
 from fastpref.config import Config
 from fastpref.train.deepspeed_config import derive, read_settings
-from fastpref.train.deepspeed_runtime import LossScale, import_deepspeed, in_double
+from fastpref.train.deepspeed_runtime import LossScale, adapted, import_deepspeed
 from fastpref.train.engine import Piece, State, optimizer_entries
 from fastpref.train.optim import build_optimizer
 from fastpref.train.world import World
@@ -60,7 +60,7 @@ class ShardedEngine:
         self.stage = settings["zero_optimization"]["stage"]
         optimizer = build_optimizer(config, list(self.trainable.values()))
         module = model if isinstance(model, torch.nn.Module) else model.unet
-        with in_double() if config.precision == "fp64" else nullcontext():
+        with adapted(config.rank_timeout, double=config.precision == "fp64"):
             found = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
             if self.stage == 3 and getattr(model, "reference_unet", None) is not None:
                 frozen = {key: value for key, value in settings.items() if key != "optimizer"}
@@ -70,6 +70,8 @@ class ShardedEngine:
         self.runtime: Any = found[0]
         self.zero: Any = self.runtime.optimizer
         self._replace_norm()
+        if self.stage == 3:
+            self._keep_whole(getattr(model, "read_from_outside", ()))
         self.fragments = list(self._fragments())
         self.scale = LossScale(config.precision == "fp16")
         self.pending = self.dropping = False
@@ -248,6 +250,14 @@ class ShardedEngine:
         if kept:
             kept[0].partition(kept)
             kept[0].all_gather(kept)
+
+    def _keep_whole(self, names: tuple[str, ...]) -> None:
+        """Under ZeRO-3 a module's own weights are gathered for its forward only; these are never let go."""
+        for parameter in (self.trainable[name] for name in names):
+            if not parameter.ds_persist:
+                parameter.ds_persist = True
+                self.zero.persistent_parameters.append(parameter)
+            parameter.all_gather()
 
     def _replace_norm(self) -> None:
         """Have the norm, on which DeepSpeed clips, be infinite while gradients are to be dropped, and be summed in

@@ -1,4 +1,4 @@
-"""What DeepSpeed needs around it: a quiet import, float64 for exactness tests, and a loss scale."""
+"""What DeepSpeed needs around it: a quiet import, what it has no setting for, and a loss scale."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import distributed as dist
 
 from fastpref.errors import UserError
 
@@ -47,6 +49,7 @@ class LossScale:
 def import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # demanded also of one process, which needs no launcher
     try:
         import deepspeed
     except ImportError:
@@ -58,16 +61,43 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 @contextmanager
-def in_double() -> Iterator[None]:
-    """Inside, DeepSpeed keeps masters and sums gradients in float64, which it has no setting for."""
+def adapted(timeout: float, *, double: bool) -> Iterator[None]:
+    """Inside, ``deepspeed.initialize`` does what it has no setting for.
+
+    A parameter without a dimension, which it cannot view as bytes, is broadcast too; the groups of processes it makes
+    give up after ``timeout`` seconds and not after torch's 30 minutes; ``double`` keeps masters and sums gradients in
+    float64.
+    """
+    from deepspeed.comm.torch import TorchBackend
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.partition_parameters import Init
 
-    with ExitStack() as stack:
-        for owner, name, value in (
+    convert = Init._convert_to_deepspeed_param  # notes the shape, after which the broadcast comes
+
+    def convert_as_row(init: Any, parameter: torch.nn.Parameter) -> None:
+        convert(init, parameter)
+        parameter.data = torch.atleast_1d(parameter.data)
+
+    wait = timedelta(seconds=timeout)
+    replaced: list[tuple[Any, str, Any]] = [
+        (DeepSpeedEngine, "_broadcast_model", lambda engine: _broadcast(engine.module)),
+        (Init, "_convert_to_deepspeed_param", convert_as_row),
+        (TorchBackend, "new_group", lambda _, ranks: dist.new_group(ranks, timeout=wait)),
+    ]
+    if double:
+        replaced += [
             (ZeROOptimizer, "_configure_master_weights", lambda *_, **__: torch.float64),
             (DeepSpeedEngine, "get_data_types", lambda _: (torch.float64, torch.float64)),
             (DeepSpeedEngine, "communication_data_type", torch.float64),
-        ):
+        ]
+    with ExitStack() as stack:
+        for owner, name, value in replaced:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield
+
+
+def _broadcast(module: torch.nn.Module) -> None:
+    """Every rank gets rank 0's parameters, bit for bit."""
+    for parameter in module.parameters():
+        dist.broadcast(torch.atleast_1d(parameter.data).view(torch.uint8), 0)

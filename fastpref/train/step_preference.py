@@ -225,13 +225,12 @@ class StepPreferenceTrainer(PreferenceTrainer):
         images = self.one_step.images(batch.noisy, batch.timesteps, batch.conditioning)
         distinct = list(dict.fromkeys(captions))
         place = {caption: row for row, caption in enumerate(distinct)}
-        own = moved(torch.tensor([place[caption] for caption in captions]), images.device)
+        own = moved(torch.tensor([place[caption] for caption in [*captions, *captions]]), images.device)
         with self._autocast():
-            texts = self.model.embed_texts(distinct).index_select(0, own)
-            pictures = self.model.embed_images(images, batch.timesteps)
+            scores = self.model(images, batch.timesteps, distinct, own)
         self.counted.text_forwards += len(distinct)
         self.counted.scorer_forwards += len(images)
-        return self.model.score(pictures, texts.repeat(2, 1)).view(2, -1)
+        return scores.view(2, -1)
 
     def _labels(self, plan: BatchPlan, rows: slice, batch: PairBatch) -> torch.Tensor:
         """With ``relabel`` by the scores that the CLIP gave the real pictures before training."""
@@ -260,10 +259,9 @@ class LatentRewardTrainer(PreferenceTrainer):
         conditioning = fixed_time_ids(batch.conditioning)
         texts = text_rows(conditioning, [*captions, *captions], self.tokenizer)
         with self._autocast():
-            latents = self.model.embed_latents(batch.noisy, batch.timesteps, conditioning, self.empty)
-            texts = self.model.embed_texts(texts)
+            scores = self.model(batch.noisy, batch.timesteps, conditioning, self.empty, texts)
         self.counted.scorer_forwards += self.model.rows(batch.rows)
-        return self.model.score(latents, texts).view(2, -1)
+        return scores.view(2, -1)
 
 
 def _figures(results: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Starts the processes of a run, several runs one after another, because importing DeepSpeed takes ten seconds.
 
 As a script it is one such process: ``ranks.py RECIPE…`` trains the recipes in turn. A recipe ``NAME.yaml`` goes on from
-a copy of the run directory named in ``NAME.from``, and gets the fault named in ``NAME.fault``.
+the first checkpoint of the run named in ``NAME.from``, and gets the fault named in ``NAME.fault``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def train(config: Config, source: Path | None = None, fault: str = "") -> None:
     world = open_world(config, resolve_device(config.device))
     with world.together():
         if source is not None and world.is_main:
-            shutil.copytree(source, config.run_dir)
+            _cut(source, config.run_dir)
     with pytest.MonkeyPatch.context() as patch:
         if fault and world.rank == world.size - 1:
             FAULTS[fault](patch)
@@ -93,18 +94,29 @@ def train(config: Config, source: Path | None = None, fault: str = "") -> None:
             _run(config, world, dry_run=False)
 
 
-def _nan(patch: pytest.MonkeyPatch) -> None:
-    """In the third back-propagation."""
-    from fastpref.train.deepspeed_engine import ShardedEngine
-    from fastpref.train.engine import LocalEngine
-
-    count = iter(range(1000))
-    for engine in (LocalEngine, ShardedEngine):
-        backward = engine.backward
-        patch.setattr(engine, "backward", lambda self, x, go=backward: go(self, x * _SPOILT[next(count) == 2]))
+def _cut(source: Path, run_dir: Path) -> None:
+    """What a kill leaves of a run that has come far beyond its first checkpoint."""
+    first = min((source / "checkpoints").iterdir())
+    shutil.copytree(first, run_dir / "checkpoints" / first.name)
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copyfile(source / name, run_dir / name)
 
 
-_SPOILT = (1.0, float("nan"))
+def _spoil(factor: float) -> Callable[[pytest.MonkeyPatch], None]:
+    """The third back-propagation of something else."""
+
+    def fault(patch: pytest.MonkeyPatch) -> None:
+        from fastpref.train.deepspeed_engine import ShardedEngine
+        from fastpref.train.engine import LocalEngine
+
+        count = iter(range(1000))
+        for engine in (LocalEngine, ShardedEngine):
+            backward = engine.backward
+            patch.setattr(
+                engine, "backward", lambda self, x, go=backward: go(self, x * (factor if next(count) == 2 else 1.0))
+            )
+
+    return fault
 
 
 def _no_space(patch: pytest.MonkeyPatch) -> None:
@@ -137,20 +149,29 @@ def _slow_disk(patch: pytest.MonkeyPatch) -> None:
 
 
 def _stop(patch: pytest.MonkeyPatch) -> None:
-    """Stand still in the fourth step."""
-    from fastpref.train.offline import OfflineTrainer
+    """Stand still before the fourth back-propagation, in whose collectives the others are."""
+    from fastpref.train.deepspeed_engine import ShardedEngine
+    from fastpref.train.engine import LocalEngine
 
-    launch = OfflineTrainer.launch
+    count = iter(range(1000))
 
-    def stand_still(self: Any, number: int) -> Any:
-        if number == 3:
+    def stand_still(self: Any, objective: Any, go: Any) -> None:
+        if next(count) == 3:
             os.kill(os.getpid(), signal.SIGSTOP)
-        return launch(self, number)
+        go(self, objective)
 
-    patch.setattr(OfflineTrainer, "launch", stand_still)
+    for engine in (LocalEngine, ShardedEngine):
+        backward = engine.backward
+        patch.setattr(engine, "backward", lambda self, x, go=backward: stand_still(self, x, go))
 
 
-FAULTS = {"nan": _nan, "no space": _no_space, "slow disk": _slow_disk, "stop": _stop}
+FAULTS = {
+    "nan": _spoil(float("nan")),
+    "overflow": _spoil(1e9),
+    "no space": _no_space,
+    "slow disk": _slow_disk,
+    "stop": _stop,
+}
 
 
 def main() -> None:

@@ -93,7 +93,6 @@ def test_an_unreadable_file_and_a_stage_there_is_not() -> None:
     [
         (["optimizer=adafactor"], "flat partitions"),
         (["engine=local", "zero_stage=2"], "set engine=deepspeed"),
-        (["method=spm", "train=full"], "use local"),
     ],
 )
 def test_settings_that_do_not_go_together(more: list[str], says: str) -> None:

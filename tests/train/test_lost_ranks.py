@@ -90,8 +90,12 @@ def test_a_kill_during_a_write_beside_the_training_leaves_the_checkpoint_before(
     assert sorted(path.name for path in (config.run_dir / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
 
 
-def test_a_rank_that_stands_still_is_named_after_rank_timeout(recipe: Callable[..., Config], tmp_path: Path) -> None:
-    config = recipe("name=hangs", "steps=16", "rank_timeout=6")
+@pytest.mark.parametrize("engine", [[], ["engine=deepspeed", "zero_stage=2"], ["engine=deepspeed", "zero_stage=3"]])
+def test_a_rank_that_stands_still_is_named_after_rank_timeout(
+    recipe: Callable[..., Config], tmp_path: Path, engine: list[str]
+) -> None:
+    """DeepSpeed's collectives too, which it runs in a process group of its own."""
+    config = recipe("name=hangs", "steps=16", "rank_timeout=6", *engine)
     files = ranks.recipe_files([Task(config, fault="stop")], tmp_path)
     processes = ranks.start([ranks.__file__, *files])
     ((code, said),) = ranks.finish(processes[:1], timeout=300)

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 
 from fastpref.config import Config, load_config
 
-STEPS = 20
+STEPS, FEW = 20, 4
+EXACT = ["precision=fp64", f"steps={STEPS}", f"checkpoint_every={STEPS // 2}"]
+CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 SCORER = """
 def bright(images, prompts, t):
     return 1500 * images.mean(dim=(1, 2, 3)) + 800 * images.std(dim=(1, 2, 3))
@@ -28,16 +30,20 @@ METHODS = {
     "spo": [
         *("method=spo", "scorer=tiny_scorers:bright", "resolution=16", "sample_steps=4", "plain_steps=2"),
         *("candidates=3", "guidance_scale=1.0", "rollout_prompts=4", "rollout_batch_size=2", "batch_size=5"),
-        *("micro_batch_size=2", "score_threshold=0.05", "beta=10"),
+        *("micro_batch_size=3", "score_threshold=0.05", "beta=10"),
     ],
 }
+SCORERS = {"spm": ["method=spm", "train=full"], "lrm": ["method=lrm", "train=full", "guidance_scale=2"]}
 LAYOUTS = {
     "2x4": [],
     "ZeRO-1": ["engine=deepspeed", "zero_stage=1"],
     "ZeRO-2": ["engine=deepspeed", "zero_stage=2"],
     "ZeRO-3": ["engine=deepspeed", "zero_stage=3"],
 }
-FIGURES = ("loss", "grad_norm", "margin", "accuracy", "effective_contrasts", "pairs_kept", "reward_winner")
+SHARDED = [layout for layout in LAYOUTS if layout.startswith("ZeRO")]
+FIGURES = (
+    *("loss", "grad_norm", "margin", "accuracy", "effective_contrasts", "pairs_kept", "reward_winner", "score_winner"),
+)
 COUNTS = ("samples_seen", "unet_forwards", "unet_backwards", "vae_decodes", "scorer_forwards")
 
 
@@ -55,13 +61,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def recipe(folder: Path, sdxl: Path, sdxl_store: Path, few_records: Path) -> Callable[..., Config]:
+def unet(folder: Path, sdxl: Path) -> Path:
+    """A UNet of one level, attention in its mid block: under ZeRO-3 a step costs by the module."""
+    from diffusers import UNet2DConditionModel
+
+    one_level = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [16]}
+    torch.manual_seed(0)
+    settings = json.loads((sdxl / "unet" / "config.json").read_text())
+    UNet2DConditionModel.from_config({**settings, **one_level}).save_pretrained(folder / "unet")
+    return folder / "unet"
+
+
+@pytest.fixture(scope="module")
+def recipe(
+    folder: Path, sdxl: Path, sdxl_store: Path, few_records: Path, clip: Path, unet: Path
+) -> Callable[..., Config]:
     base = [
         *(f"model={sdxl}", f"store={sdxl_store}", f"records={few_records}", f"output_dir={folder}/runs"),
-        *("batch_size=8", "beta=200", "lora_rank=4", "lora_targets=[to_q, to_v]", "learning_rate=0.001"),
-        *("evaluate=false", "tracker=none", "checkpoint_every=10", f"steps={STEPS}", "keep_best=loss"),
+        *(f"clip={clip}", f"unet={unet}", "batch_size=8", "beta=200", "lora_rank=4", "learning_rate=0.001"),
+        *("lora_targets=[to_v]", "evaluate=false", "tracker=none", "keep_best=loss"),
     ]
-    return lambda name, *more: load_config("", [*base, f"name={name}", *more])
+    few = [f"steps={FEW}", f"checkpoint_every={FEW // 2}"]
+    return lambda name, *more: load_config("", [*base, *few, f"name={name}", *more])
 
 
 def lines(config: Config) -> list[dict[str, Any]]:
@@ -69,7 +90,8 @@ def lines(config: Config) -> list[dict[str, Any]]:
 
 
 def weights(config: Config) -> dict[str, torch.Tensor]:
-    return load_file(config.run_dir / "pytorch_lora_weights.safetensors")
+    (file,) = [*config.run_dir.glob("*.safetensors"), *config.run_dir.glob("*_model/*.safetensors")]
+    return load_file(file)
 
 
 def summary(config: Config) -> dict[str, Any]:
@@ -82,7 +104,7 @@ def difference(a: Config, b: Config, *, rounded: bool = False) -> float:
     ``rounded`` leaves out the accuracy, a count of signs: here some margins are as small as fp32's rounding.
     """
     left, right = weights(a), weights(b)
-    assert left.keys() == right.keys()
+    assert {name: x.shape for name, x in left.items()} == {name: x.shape for name, x in right.items()}
     found = [float((left[name] - right[name]).abs().max()) for name in left]
     for mine, other in zip(lines(a), lines(b), strict=True):
         for name in (name for name in FIGURES if not (rounded and name == "accuracy")):
@@ -99,17 +121,23 @@ def same(a: Config, b: Config) -> bool:
 
 @pytest.fixture(scope="module")
 def runs(folder: Path, recipe: Callable[..., Config]) -> dict[str, Config]:
-    """Every method in every layout, in float64; RPO in fp32 too, whole and cut after ten steps."""
+    """Every method in every layout, in float64; RPO in fp32 too; some steps of DPO in fp32, offloaded and in fp16."""
     made = {}
-    for method, settings in METHODS.items():
-        for layout, engine in LAYOUTS.items():
-            name = f"{method}-{layout}"
-            made[name] = recipe(name, "precision=fp64", *settings, *engine)
     for layout, engine in LAYOUTS.items():
-        made[f"whole-{layout}"] = recipe(f"whole-{layout}", *METHODS["rpo"], *engine)
-        made[f"cut-{layout}"] = recipe(f"cut-{layout}", *METHODS["rpo"], *engine, "steps=10")
-    made["nan"] = recipe("nan", *METHODS["dpo"], *LAYOUTS["ZeRO-2"], "steps=4")
-    faults = {"nan": "nan"}
+        for method, settings in METHODS.items():
+            name = f"{method}-{layout}"
+            made[name] = recipe(name, *EXACT, *settings, *engine)
+        made[f"fp32-{layout}"] = recipe(f"fp32-{layout}", *METHODS["rpo"], *engine)
+    for layout in SHARDED:
+        for method, settings in SCORERS.items():
+            made[f"{method}-{layout}"] = recipe(f"{method}-{layout}", "precision=fp64", *settings, *LAYOUTS[layout])
+    for layout in ("ZeRO-2", "ZeRO-3"):
+        offload = f"deepspeed={CONFIGS}/{layout.lower().replace('-', '')}_offload.json"
+        made[f"few-{layout}"] = recipe(f"few-{layout}", *METHODS["dpo"], *LAYOUTS[layout])
+        made[f"offload-{layout}"] = recipe(f"offload-{layout}", *METHODS["dpo"], *LAYOUTS[layout], offload)
+        made[f"fp16-{layout}"] = recipe(f"fp16-{layout}", *METHODS["dpo"], *LAYOUTS[layout], "precision=fp16")
+    made["nan"] = recipe("nan", *METHODS["dpo"], *LAYOUTS["ZeRO-2"])
+    faults = {"nan": "nan", "fp16-ZeRO-2": "overflow", "fp16-ZeRO-3": "overflow"}
     tasks = [Task(config, fault=faults.get(name, "")) for name, config in made.items()]
     results = ranks.finish(ranks.start([ranks.__file__, *ranks.recipe_files(tasks, folder)]), timeout=900)
     assert [code for code, _ in results] == [0, 0], results[0][1] + results[1][1]
@@ -121,9 +149,11 @@ def alone(recipe: Callable[..., Config]) -> dict[str, Config]:
     """The same in one process: the whole batch at once, and accumulated."""
     made = {}
     for method, settings in METHODS.items():
-        whole = ["micro_batch_size=null"]
-        made[method] = recipe(f"{method}-alone", "precision=fp64", *settings, *whole)
-        made[f"{method} accumulated"] = recipe(f"{method}-accumulated", "precision=fp64", *settings)
+        both = [*EXACT, *settings]
+        made[method] = recipe(f"{method}-alone", *both, "micro_batch_size=null")
+        made[f"{method} accumulated"] = recipe(f"{method}-accumulated", *both)
+    for method, settings in SCORERS.items():
+        made[method] = recipe(f"{method}-alone", "precision=fp64", *settings)
     made["fp32"] = recipe("fp32-alone", *METHODS["rpo"])
     for config in made.values():
         ranks.train(config)
@@ -150,20 +180,51 @@ def test_twenty_steps_are_those_of_one_process(
         assert {name: summary(other)[name] for name in COUNTS} == counted
 
 
+@pytest.mark.parametrize("method", SCORERS)
+@pytest.mark.parametrize("layout", SHARDED)
+def test_scorers_are_trained_as_in_one_process(
+    runs: dict[str, Config], alone: dict[str, Config], method: str, layout: str
+) -> None:
+    """All their weights in float64, among them a scalar, which stays one in the folder they leave."""
+    assert difference(alone[method], runs[f"{method}-{layout}"]) < 1e-9
+    found = weights(runs[f"{method}-{layout}"])
+    (scale,) = [value for name, value in found.items() if name.endswith("logit_scale")]
+    assert scale.shape == () and scale.dtype == torch.float64 and abs(float(scale) - 2.6592) > 1e-4
+
+
+@pytest.mark.parametrize("layout", ["ZeRO-2", "ZeRO-3"])
+def test_offloading_changes_no_weight(runs: dict[str, Config], layout: str) -> None:
+    """Optimizer states, and under ZeRO-3 the weights; only DeepSpeed's norm, which is fp32 there, is rounded."""
+    assert same(runs[f"few-{layout}"], runs[f"offload-{layout}"])
+    assert difference(runs[f"few-{layout}"], runs[f"offload-{layout}"]) < 1e-6
+
+
+@pytest.mark.parametrize("layout", ["ZeRO-2", "ZeRO-3"])
+def test_fp16_skips_a_step_that_overflows_and_halves_its_loss_scale(runs: dict[str, Config], layout: str) -> None:
+    half, single = lines(runs[f"fp16-{layout}"]), lines(runs[f"few-{layout}"])
+    assert [line["grad_norm"] is None for line in half] == [False, False, True, False]
+    for mine, exact in zip(half[:2], single, strict=False):
+        assert 0 < abs(mine["grad_norm"] / exact["grad_norm"] - 1) < 0.02
+        assert abs(mine["loss"] - exact["loss"]) < 0.01
+    checkpoint = max((runs[f"fp16-{layout}"].run_dir / "checkpoints").iterdir())
+    scaler = json.loads((checkpoint / "state.json").read_text())["scaler"]
+    assert (scaler["scale"], scaler["_growth_tracker"]) == (65536 / 2, 1)
+
+
 def test_fp32_differences_between_layouts_are_printed_and_small(
     runs: dict[str, Config], alone: dict[str, Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for layout in LAYOUTS:
-        off = difference(alone["fp32"], runs[f"whole-{layout}"], rounded=True)
+        off = difference(alone["fp32"], runs[f"fp32-{layout}"], rounded=True)
         with capsys.disabled():
-            print(f"\nRPO in fp32, {STEPS} steps, one process against {layout}: {off:.1e}")
+            print(f"\nRPO in fp32, {FEW} steps, one process against {layout}: {off:.1e}")
         assert off < 1e-4
 
 
 def test_a_gradient_that_is_not_finite_in_one_rank_is_skipped_by_all(
     runs: dict[str, Config], recipe: Callable[..., Config]
 ) -> None:
-    single = recipe("nan-alone", *METHODS["dpo"], "steps=4")
+    single = recipe("nan-alone", *METHODS["dpo"])
     ranks.train(single, fault="nan")
     for config, step in ((runs["nan"], 3), (single, 2)):  # the third of one backward a step, and of two
         norms = [line["grad_norm"] for line in lines(config)]
@@ -184,14 +245,21 @@ RESUMED = {
 
 
 @pytest.fixture(scope="module")
-def resumed(folder: Path, recipe: Callable[..., Config], runs: dict[str, Config]) -> dict[str, Config]:
-    """What was cut after ten steps gone on with, in new processes; and a run whose second checkpoint has no room."""
+def resumed(
+    folder: Path, recipe: Callable[..., Config], runs: dict[str, Config], alone: dict[str, Config]
+) -> dict[str, Config]:
+    """Half of each run again, in new processes; and a run whose second checkpoint has no room."""
     made = {
         name: recipe(name.replace(" ", "-"), *METHODS["rpo"], *LAYOUTS[to], "resume=auto")
         for name, (_, to, _) in RESUMED.items()
     }
-    tasks = [Task(config, runs[f"cut-{RESUMED[name][0]}"].run_dir) for name, config in made.items()]
-    made["no space"] = recipe("no-space", *METHODS["dpo"], *LAYOUTS["ZeRO-1"], "checkpoint_every=2", "steps=6")
+    tasks = [Task(config, runs[f"fp32-{RESUMED[name][0]}"].run_dir) for name, config in made.items()]
+    for method in SCORERS:
+        made[method] = recipe(
+            f"{method}-resumed", "precision=fp64", *SCORERS[method], *LAYOUTS["ZeRO-3"], "resume=auto"
+        )
+        tasks.append(Task(made[method], alone[method].run_dir))
+    made["no space"] = recipe("no-space", *METHODS["dpo"], *LAYOUTS["ZeRO-1"], "steps=6")
     tasks.append(Task(made["no space"], fault="no space"))
     results = ranks.finish(ranks.start([ranks.__file__, *ranks.recipe_files(tasks, folder)]), timeout=900)
     assert [code for code, _ in results] == [0, 0], results[0][1] + results[1][1]
@@ -203,21 +271,22 @@ def test_resuming_is_exact_on_the_same_layout_and_close_on_another(
     resumed: dict[str, Config], runs: dict[str, Config], name: str
 ) -> None:
     _, to, exact = RESUMED[name]
-    whole = runs[f"whole-{to}"]
+    whole = runs[f"fp32-{to}"]
     off = difference(resumed[name], whole, rounded=not exact)
-    assert (off == 0 and same(resumed[name], whole)) if exact else 0 < off < 1e-4
+    assert (off == 0 and same(resumed[name], whole)) if exact else off < 1e-4
     assert summary(resumed[name])["unet_forwards"] == summary(whole)["unet_forwards"]
     mine, other = (summary(config)["best_checkpoint"] for config in (resumed[name], whole))
     assert mine == other if exact else mine["step"] == other["step"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_best_checkpoint_is_exported_from_any_layout(runs: dict[str, Config], layout: str) -> None:
-    """Here that of step 10, whose averages a run of ten steps ends with."""
-    whole, cut = runs[f"whole-{layout}"].run_dir / "best", runs[f"cut-{layout}"].run_dir
-    best, last = (load_file(place / "pytorch_lora_weights.safetensors") for place in (whole, cut))
-    assert summary(runs[f"whole-{layout}"])["best_checkpoint"]["step"] == 10
-    assert best.keys() == last.keys() and all(torch.equal(best[name], last[name]) for name in best)
+def test_the_best_checkpoint_is_exported_from_any_layout(
+    runs: dict[str, Config], alone: dict[str, Config], layout: str
+) -> None:
+    """With its averages; after the loss of RPO's first ten steps or of its last ten."""
+    mine, other = (config.run_dir / "best" for config in (runs[f"rpo-{layout}"], alone["rpo"]))
+    left, right = (load_file(place / "pytorch_lora_weights.safetensors") for place in (mine, other))
+    assert left.keys() == right.keys() and all(torch.allclose(left[n], right[n], rtol=0, atol=1e-9) for n in right)
 
 
 @pytest.mark.parametrize("layout", ["2x4", "ZeRO-3"])
@@ -229,9 +298,25 @@ def test_two_ranks_go_on_as_one(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     config = recipe(f"{layout}-to-one", *METHODS["rpo"], "resume=auto")
-    ranks.train(config, runs[f"cut-{layout}"].run_dir)
-    assert 0 < difference(config, alone["fp32"], rounded=True) < 1e-4
+    ranks.train(config, runs[f"fp32-{layout}"].run_dir)
+    assert difference(config, alone["fp32"], rounded=True) < 1e-4
     assert "going on as 1 rank: equal to rounding" in " ".join(capfd.readouterr().err.split())
+
+
+@pytest.mark.parametrize("method", SCORERS)
+def test_a_scorer_goes_on_on_another_layout(
+    resumed: dict[str, Config],
+    runs: dict[str, Config],
+    alone: dict[str, Config],
+    recipe: Callable[..., Config],
+    method: str,
+) -> None:
+    """From one process to two under ZeRO-3 and back; a scalar's optimizer states are scalars, and moved as such."""
+    back = recipe(f"{method}-back", "precision=fp64", *SCORERS[method], "resume=auto")
+    ranks.train(back, runs[f"{method}-ZeRO-3"].run_dir)
+    for config in (resumed[method], back):
+        assert difference(config, alone[method]) < 1e-9
+        assert len(lines(config)) == FEW
 
 
 def test_a_disk_that_fills_in_one_rank_leaves_the_checkpoint_before(resumed: dict[str, Config], folder: Path) -> None:
