@@ -21,14 +21,19 @@ TABLES = ROOT / "benchmarks" / "README.md"
 
 
 def provenance() -> dict[str, Any]:
-    """Columns that say where and on what a row was measured; a commit is marked if the tree had changes."""
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    """Columns that say where and on what a row was measured; a commit is marked if code was changed."""
+    head = _git("rev-parse", "--short", "HEAD").stdout.strip()
+    changed = _git("diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results", ":!*.md").returncode == 1
     return {
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "torch": torch.__version__,
-        "commit": answer.stdout.strip() or "unknown",
+        "commit": f"{head}{'-dirty' * changed}" if head else "unknown",
     }
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -38,9 +38,9 @@ from fastpref.atomic import write_bytes
 from fastpref.config import Config
 from fastpref.data.store import Store
 from fastpref.errors import UserError
+from fastpref.memory import peak_rss_bytes
 from fastpref.train.figures import MAX_LOGIT_NOISE
 from fastpref.train.offline import OfflineTrainer
-from fastpref.train.telemetry import peak_rss_bytes
 
 OUT = RESULTS / "offline_vs_reference.csv"
 METHODS = ("sft", "dpo", "rpo")

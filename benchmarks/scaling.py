@@ -34,8 +34,8 @@ from worlds import config_of, open_world, trainer_of
 from fastpref.atomic import write_bytes
 from fastpref.data.store import Store
 from fastpref.errors import UserError
+from fastpref.memory import peak_rss_bytes
 from fastpref.train.inputs import open_sampler
-from fastpref.train.telemetry import peak_rss_bytes
 
 OUT = RESULTS / "scaling.csv"
 POINTS: dict[str, tuple[int, ...]] = {

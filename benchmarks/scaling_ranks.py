@@ -25,11 +25,11 @@ from worlds import config_of
 from fastpref.atomic import write_bytes
 from fastpref.config import Config
 from fastpref.errors import UserError
+from fastpref.memory import peak_rss_bytes
 from fastpref.models.loading import resolve_model_dir
 from fastpref.plan.cost import traffic_bytes
 from fastpref.plan.report import make_plan
 from fastpref.train.offline import open_trainer
-from fastpref.train.telemetry import peak_rss_bytes
 from fastpref.train.world import close_world, open_world
 
 UNKEPT = "ZeRO-3-unkept"  # every weight is gathered where it is used and let go: what the formula counts

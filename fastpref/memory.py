@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -36,9 +37,18 @@ def resident_bytes() -> int:
     file = Path("/proc/self/statm")
     if file.is_file():
         return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    from fastpref.train.telemetry import peak_rss_bytes
-
     return peak_rss_bytes()
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def peak_device_bytes(device: torch.device) -> int:
+    """Largest allocation on the GPU so far, in bytes; 0 on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def moved(values: torch.Tensor, device: torch.device) -> torch.Tensor:

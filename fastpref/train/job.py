@@ -17,6 +17,7 @@ from fastpref.atomic import make_directory
 from fastpref.config import Config
 from fastpref.config_rules import SCORER_METHODS, STEPWISE_METHODS
 from fastpref.errors import UserError
+from fastpref.memory import peak_device_bytes, peak_rss_bytes
 from fastpref.models.loading import resolve_device, resolve_model_dir
 from fastpref.models.work import Work
 from fastpref.train.best import BestCheckpoint, export_best
@@ -27,8 +28,6 @@ from fastpref.train.telemetry import (
     MetricsLog,
     StopRequest,
     check_tracker,
-    peak_device_bytes,
-    peak_rss_bytes,
     progress_bar,
 )
 from fastpref.train.trainer import Trainer

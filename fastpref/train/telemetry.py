@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import resource
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -91,17 +89,6 @@ class StopRequest:
         self.signal = number
         signal.signal(number, self._before[number])
         sys.stderr.write(f"\n{signal.Signals(number).name}: finishing the step, then a checkpoint\n")
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-def peak_device_bytes(device: torch.device) -> int:
-    """Largest allocation on the GPU so far, in bytes; 0 on the CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def check_tracker(config: Config) -> None:
