@@ -177,7 +177,7 @@ def watched(trainer: Any, clock: Clock) -> Iterator[None]:
         (trainer.policy, "count_backward", "rows of the backward", lambda rows: rows),
         (trainer.engine, "backward", "backward", None),
         (trainer.objective, "_compare", "loss", None),
-        (trainer, "update", "optimizer", None),
+        (trainer.engine, "launch", "optimizer", None),
         (collector.scorer.decoder, "images", "VAE decode", length),
         (collector.scorer.model, "embed_images", "preference model, image", length),
         (collector.scorer.model, "embed_texts", "preference model, text", length),
