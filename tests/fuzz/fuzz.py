@@ -1,6 +1,6 @@
 """Runs fuzz cases: in this process, thousands of them in forked workers, or through the command line.
 
-    python tests/fuzz/fuzz.py [--cases 5000] [--commands 300] [--seed 0] [--only N …]
+    python tests/fuzz/fuzz.py [--cases 5000] [--commands 300] [--seed 0] [--workers 2] [--only N …]
 
 A case is a function of (seed, number). The only allowed results are that the input is taken and everything about the
 result is right, or that it is refused by a UserError of one line (exit code 2). The long form goes on after a crash or
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ from fuzz.targets import TARGETS, Attempt, enter, leftovers, tree
 from fuzz.world import World
 
 SECONDS = 60  # a case may take; the usual one takes a tenth of one
-CHUNK = 100  # cases of a worker
+CHUNK, COMMANDS = 100, 10  # cases of a worker, in-process and through the command line; a pipe holds their results
 MEMORY = 6 << 30  # bytes of address space a worker may take beyond what it starts with
 
 
@@ -117,22 +117,32 @@ def run_command(world: World, seed: int, number: int, folder: Path) -> Result:
     return Result(number, name, made.what, outcome, f"exit {done.returncode}: {last[0]}" if last[0] else "")
 
 
-def run_many(root: Path, seed: int, numbers: Sequence[int], *, commands: bool = False) -> Iterator[Result]:
+def run_many(
+    root: Path, seed: int, numbers: Sequence[int], *, commands: bool = False, workers: int = 1
+) -> Iterator[Result]:
     """Cases in forked workers: one that crashes or hangs is a fault, and the ones after it go on in another worker."""
-    todo = list(numbers)
-    while todo:
-        chunk, done = todo[:CHUNK], 0
-        for line in _worker(root, seed, chunk, commands):
-            yield Result(**json.loads(line))
-            done += 1
+    size = COMMANDS if commands else CHUNK
+    todo = deque(numbers[start : start + size] for start in range(0, len(numbers), size))
+    running: deque[tuple[Sequence[int], int, int]] = deque()
+    while todo or running:
+        while todo and len(running) < workers:
+            running.append((todo[0], *_start(root, seed, todo.popleft(), commands)))
+        chunk, child, reading = running.popleft()
+        done = 0
+        with os.fdopen(reading) as stream:
+            for line in stream:
+                if line.endswith("\n"):
+                    yield Result(**json.loads(line))
+                    done += 1
+        os.waitpid(child, 0)
         if done < len(chunk):
             yield Result(chunk[done], "?", "see --only", "fault", "the process died or hung")
-            done += 1
-        todo = todo[done:]
+            if rest := chunk[done + 1 :]:
+                todo.appendleft(rest)
 
 
-def _worker(root: Path, seed: int, numbers: Sequence[int], commands: bool) -> Iterator[str]:
-    """The results of a forked process, a JSON line each, as far as it came."""
+def _start(root: Path, seed: int, numbers: Sequence[int], commands: bool) -> tuple[int, int]:
+    """A forked process and what to read its results from, a JSON line each, as far as it comes."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -146,9 +156,7 @@ def _worker(root: Path, seed: int, numbers: Sequence[int], commands: bool) -> It
         finally:
             os._exit(code)
     os.close(writing)
-    with os.fdopen(reading) as stream:
-        yield from (line for line in stream if line.endswith("\n"))
-    os.waitpid(child, 0)
+    return child, reading
 
 
 def _work(world: World, seed: int, numbers: Sequence[int], commands: bool, stream: Any) -> None:
@@ -186,6 +194,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=5000)
     parser.add_argument("--commands", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at once")
     parser.add_argument("--only", type=int, nargs="*", help="these cases, in this process, and their results")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -194,7 +203,7 @@ def main() -> int:
         if options.only:
             results = _only(World.make(place / "world"), options.seed, options.only, place)
             return int(any(result.outcome == "fault" for result in results))
-        return _long_form(place, options.cases, options.commands, options.seed)
+        return _long_form(place, options.cases, options.commands, options.seed, options.workers)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -209,7 +218,7 @@ def _only(world: World, seed: int, numbers: Sequence[int], place: Path) -> list[
     return results
 
 
-def _long_form(place: Path, cases: int, commands: int, seed: int) -> int:
+def _long_form(place: Path, cases: int, commands: int, seed: int, workers: int) -> int:
     from common import RESULTS, markdown, provenance, write_csv
 
     from fastpref.atomic import write_bytes
@@ -222,7 +231,7 @@ def _long_form(place: Path, cases: int, commands: int, seed: int) -> int:
     rows: list[dict[str, Any]] = []
     for way, numbers in (("in-process", range(cases)), ("command line", range(cases, cases + commands))):
         began, counts = time.monotonic(), Counter[tuple[str, str]]()
-        for result in run_many(place / "world", seed, numbers, commands=way == "command line"):
+        for result in run_many(place / "world", seed, numbers, commands=way == "command line", workers=workers):
             counts[result.target, result.outcome] += 1
             if result.outcome == "fault":
                 print(result.line, flush=True)
