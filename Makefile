@@ -17,8 +17,8 @@ help:
 	@echo "make compare      SFT, DPO and RPO from one base over three seeds: an hour and a half or more, resumable"
 	@echo "make bench        the short set of benchmarks, 20 minutes"
 	@echo "make reference-venv   $(REFERENCE), 6 GB, in which diffusers' training scripts run too"
-	@echo "make kernels      the kernel package's proof without a GPU: gates, interpreter, lanes, mutations; 10 minutes"
-	@echo "make fuzz         5000 damaged inputs in-process and 300 through the command line; 45 minutes"
+	@echo "make kernels      the kernel package's proof without a GPU: gates, interpreter, lanes, mutations; 6 minutes"
+	@echo "make fuzz         5000 damaged inputs in-process and 300 through the command line; half an hour"
 	@echo "make soak         50 kill -9 over the phases of DPO, RPO and SPO runs, each resumed; 20 minutes, resumable"
 	@echo "make gpu-acceptance   the kernels on this machine's GPU: values, gradients, timings; without one it skips"
 
