@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ import typer
 from fastpref.errors import UserError
 
 app = typer.Typer(
-    help="Align SDXL and SD1.5 with human preferences: SFT, Diffusion-DPO, Diffusion-RPO.",
+    help="Align SDXL and SD1.5 with human preferences: SFT, Diffusion-DPO, Diffusion-RPO, SPO, LPO.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -256,9 +257,9 @@ def doctor() -> None:
 def main() -> None:
     """Run a command; a user's error is one line on stderr and exit code 2."""
     debug = "--debug" in sys.argv
-    own = [
-        a for a in sys.argv[1:] if a != "--debug" and not a.startswith("--local_rank")
-    ]  # deepspeed's launcher adds it
+    # deepspeed's launcher adds --local_rank
+    own = [a for a in sys.argv[1:] if a != "--debug" and not a.startswith("--local_rank")]
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of packages that nobody asked for
     try:
         code = app(own or ["--help"], standalone_mode=False)
     except UserError as error:
