@@ -62,7 +62,7 @@ class Config(BaseModel):
     )
     rank_timeout: float = Field(1800.0, gt=0, description="seconds a rank may keep the others waiting")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if present")
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's choice")
+    threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; default: torch's choice")
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
         "fp32", description="frozen weights and autocast; trained weights are fp32 (fp64 is for exactness tests)"
     )

@@ -41,7 +41,17 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["beta=0", "beta=-1", "beta=.inf", "beta=.nan", "temperature=0", "steps=0", "label_smoothing=0.5"]
+    "override",
+    [
+        "beta=0",
+        "beta=-1",
+        "beta=.inf",
+        "beta=.nan",
+        "temperature=0",
+        "steps=0",
+        "label_smoothing=0.5",
+        "threads=9223372036854775807",
+    ],
 )
 def test_out_of_bounds_is_refused_by_name(override: str) -> None:
     assert override.split("=")[0] in fail(override)
