@@ -76,22 +76,19 @@ class Store:
     def __init__(self, path: Path, manifest: StoreManifest) -> None:
         self.path, self.manifest = path, manifest
         self._shards: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
-        pairs = self._table(files.PAIRS)
-        self._image_w, self._image_l = _column(pairs, "image_w"), _column(pairs, "image_l")
-        self._caption = _column(pairs, "caption")
-        self._label = _column(pairs, "label")
+        self._verified: set[str] = set()  # files of the index whose checksum was compared
+        # the captions first: decoding text takes three times what it leaves
+        self._captions = self._table(files.CAPTIONS, ["caption"]).column("caption")
+        pa.default_memory_pool().release_unused()
+        pairs = self._columns(files.PAIRS, "record", "image_w", "image_l", "caption", "label", "bucket")
+        self.record, self._image_w, self._image_l, self._caption, self._label, bucket = pairs
         if manifest.ties == "keep":
             self._label = np.ones_like(self._label)
-        self.bucket_ids = _column(pairs, "bucket").astype(np.int64)
-        self.record = _column(pairs, "record")
-        images = self._table(files.IMAGES, ["shard", "row", "bucket", "width", "height", "crop_top", "crop_left"])
-        captions = self._table(files.CAPTIONS)
-        self._image_shard, self._image_row = _column(images, "shard"), _column(images, "row")
-        self._caption_shard, self._caption_row = _column(captions, "shard"), _column(captions, "row")
+        self.bucket_ids = bucket.astype(np.int64)
+        self._image_shard, self._image_row, self._image_bucket = self._columns(files.IMAGES, "shard", "row", "bucket")
+        self._sizes_and_crops = self._columns(files.IMAGES, "height", "width", "crop_top", "crop_left")
+        self._caption_shard, self._caption_row = self._columns(files.CAPTIONS, "shard", "row")
         self._is_xl = manifest.family == "sdxl"
-        self._image_bucket = _column(images, "bucket")
-        self._sizes_and_crops = [_column(images, name) for name in ("height", "width", "crop_top", "crop_left")]
-        self._captions = captions.column("caption")
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Store:
@@ -296,13 +293,16 @@ class Store:
             self._shards.popitem(last=False)
         return tensors
 
-    def _table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+    def _columns(self, name: str, *columns: str) -> list[np.ndarray]:
+        """One at a time: what a column is decoded from is freed before the next one is read."""
+        return [self._table(name, [column]).column(column).to_numpy() for column in columns]
+
+    def _table(self, name: str, columns: list[str]) -> pa.Table:
         try:
-            self._verify_file(name)
-            return pq.read_table(self.path / name, columns=columns)
+            if name not in self._verified:
+                self._verify_file(name)
+                self._verified.add(name)
+            with pq.ParquetFile(self.path / name, memory_map=True) as file:
+                return file.read(columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"the store's file {name} cannot be read", str(self.path), f"{error}: {_REMEDY}") from error
-
-
-def _column(table: pa.Table, name: str) -> np.ndarray:
-    return table.column(name).to_numpy()
