@@ -1,4 +1,4 @@
-"""How much memory there is, on this machine and its devices."""
+"""Memory of this machine and its devices: how much there is and was, how to get to it, and how to give it back."""
 
 from __future__ import annotations
 
@@ -61,10 +61,9 @@ def moved(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 def give_back_freed_blocks() -> None:
     """Have glibc return blocks of a MiB and more to the system as soon as they are freed; elsewhere nothing.
 
-    It keeps blocks below 32 MB in its heap, where checkpoints that stay lie between activations that go: a forward of
-    full-size SDXL leaves 1.2 GB of holes around 0.2 GB of tensors. Every new block then costs its page faults. Holes
-    that are there already are still filled first, so call it before models are loaded. An environment variable
-    MALLOC_MMAP_THRESHOLD_ goes first.
+    It keeps blocks below 32 MB in its heap, where checkpoints that stay lie between activations that go, and leave
+    holes (``MALLOC_MMAP_THRESHOLD_``, which goes first, puts them back for a comparison). Every new block then costs
+    its page faults. Holes that are there already are still filled first, so call it before models are loaded.
     """
     if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
