@@ -7,7 +7,7 @@ import io
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,17 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def publish(
+    out: Path, rows: Sequence[dict[str, Any]], title: str, text: str, plot: Callable[..., None], readme: Path | None
+) -> None:
+    """Rows as ``out``, its table ``text`` and its plot beside it, and the table between the markers of ``readme``."""
+    write_csv(out, rows)
+    write_bytes(out.with_suffix(".md"), f"# {title}\n\n{text}\n".encode())
+    plot(rows, out.with_suffix(".png"))
+    if readme is not None:
+        fill(readme, f"table: {out.stem}", text)
 
 
 def fill(document: Path, name: str, text: str) -> None:

@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 from bars import Panel, draw
-from common import RESULTS, TABLES, fill, markdown, provenance, read_csv, write_csv
+from common import RESULTS, TABLES, markdown, provenance, publish, read_csv
 from worlds import BATCH, MODELS, open_world, trainer_of
 
-from fastpref.atomic import write_bytes
 from fastpref.errors import UserError
 from fastpref.train.figures import MAX_LOGIT_NOISE
 from fastpref.train.offline import OfflineTrainer
@@ -137,11 +136,8 @@ def main() -> None:
     print(text)
     if options.short:
         return
-    write_csv(options.out, rows)
-    write_bytes(options.out.with_suffix(".md"), f"# Rounding that a ledger leaves in the logit\n\n{text}\n".encode())
-    plot(rows, options.out.with_suffix(".png"))
-    if options.readme:
-        fill(TABLES, "table: ledger_noise", text)
+    readme = TABLES if options.readme else None
+    publish(options.out, rows, "Rounding that a ledger leaves in the logit", text, plot, readme)
 
 
 if __name__ == "__main__":

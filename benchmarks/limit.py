@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 from bars import Panel, draw
-from common import RESULTS, ROOT, fill, markdown, provenance, read_csv, write_csv
+from common import RESULTS, ROOT, markdown, provenance, publish, read_csv
 from worlds import MODELS, open_world, trainer_of
 
-from fastpref.atomic import write_bytes
 from fastpref.errors import UserError
 from fastpref.train.batch import PairBatch
 from fastpref.train.offline import OfflineTrainer
@@ -199,12 +198,8 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     if not options.quick:
-        write_csv(options.out, rows)
-        text = f"# Our step over the bare UNet passes\n\n{table(rows)}\n"
-        write_bytes(options.out.with_suffix(".md"), text.encode())
-        plot(rows, options.out.with_suffix(".png"))
-    if options.readme:
-        fill(ROOT / "README.md", "table: limit", table(rows))
+        readme = ROOT / "README.md" if options.readme else None
+        publish(options.out, rows, "Our step over the bare UNet passes", table(rows), plot, readme)
     print(table(rows))
     for group in by_setting(rows).values():
         print(last_line(group))

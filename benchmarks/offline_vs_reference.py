@@ -27,14 +27,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, ROOT, fill, provenance, read_csv, write_csv
+from common import RESULTS, ROOT, provenance, publish, read_csv
 from limit import Bare, seconds
 from literal_offline import LiteralOffline
 from offline_report import key_of, plot, report
 from reference_repo import find_script, run_script
 from worlds import MODELS, config_of, open_world, trainer_of
 
-from fastpref.atomic import write_bytes
 from fastpref.config import Config
 from fastpref.data.store import Store
 from fastpref.errors import UserError
@@ -245,11 +244,8 @@ def main() -> None:
     print(text)
     if options.short:
         return
-    write_csv(options.out, stored)
-    write_bytes(options.out.with_suffix(".md"), f"# Offline training against the literal trainer\n\n{text}\n".encode())
-    plot(stored, options.out.with_suffix(".png"))
-    if options.readme:
-        fill(ROOT / "README.md", "table: offline_vs_reference", text)
+    readme = ROOT / "README.md" if options.readme else None
+    publish(options.out, stored, "Offline training against the literal trainer", text, plot, readme)
 
 
 if __name__ == "__main__":

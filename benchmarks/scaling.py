@@ -26,12 +26,11 @@ from typing import Any
 
 import scaling_ranks
 import torch
-from common import RESULTS, TABLES, fill, markdown, provenance, read_csv, write_csv
+from common import RESULTS, TABLES, markdown, provenance, publish, read_csv
 from large_store import make_large_store
 from limit import seconds
 from worlds import config_of, open_world, trainer_of
 
-from fastpref.atomic import write_bytes
 from fastpref.data.store import Store
 from fastpref.errors import UserError
 from fastpref.memory import peak_rss_bytes
@@ -237,11 +236,7 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     if not options.short:
-        write_csv(options.out, rows)
-        write_bytes(options.out.with_suffix(".md"), f"# Growth\n\n{table(rows)}\n".encode())
-        plot(rows, options.out.with_suffix(".png"))
-    if options.readme:
-        fill(TABLES, "table: scaling", table(rows))
+        publish(options.out, rows, "Growth", table(rows), plot, TABLES if options.readme else None)
     print(table(rows))
 
 
