@@ -116,18 +116,22 @@ class TrainJob:
             return before + time.perf_counter() - began
 
         launched: Launched | None = None
+        newest: dict[str, Any] = {}  # metrics that were read
+
+        def tell(advance: int = 0) -> None:
+            bar.update(task, advance=advance, note=_note(newest, writer.saved))
 
         def read() -> None:
             """Log the newest step that was launched; by the time the one after it is, its figures have arrived."""
-            nonlocal launched
+            nonlocal launched, newest
             if launched is None:
                 return
-            metrics, launched = {**launched.metrics(), "seconds": launched.seconds}, None
-            self.best.add(metrics)
+            newest, launched = {**launched.metrics(), "seconds": launched.seconds}, None
+            self.best.add(newest)
             with phase("logging"):
-                if metrics["step"] % config.log_every == 0 or metrics["step"] == config.steps:
-                    log.write(metrics)
-                bar.update(task, advance=1, note=_note(metrics, writer.saved))
+                if newest["step"] % config.log_every == 0 or newest["step"] == config.steps:
+                    log.write(newest)
+                tell(advance=1)
 
         with bar, StopRequest() as stop, writer:
             task = bar.add_task(f"train {config.method}", total=config.steps, completed=start, note="")
@@ -161,6 +165,7 @@ class TrainJob:
                     self.best.close(done)
                 if due:
                     self._save(writer, run_dir, done, spent(), wait=last or bool(stopped_by))
+                    tell()
                 else:
                     writer.look()
                 if stopped_by:

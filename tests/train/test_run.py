@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -15,9 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from fastpref.config import Config, save_config
+from fastpref.train.job import TrainJob
+from fastpref.train.run_dir import open_run_dir
 
 METRICS = (
     "step loss reward_winner reward_loser err_winner err_loser margin accuracy grad_norm lr seconds effective_contrasts"
@@ -106,6 +110,13 @@ def test_a_run_leaves_what_the_contract_says(sdxl_config: Callable[..., Config],
 
     assert load_config(run / "config.yaml") == config
     assert weights(run)
+
+
+def test_the_progress_line_ends_with_the_last_checkpoint(small: Callable[..., Config]) -> None:
+    config, said = small("steps=3", "checkpoint_every=2"), io.StringIO()
+    job = TrainJob.open(config, Console(file=said, width=200))
+    job.run(open_run_dir(config, resuming=False))
+    assert "3/3" in said.getvalue() and said.getvalue().splitlines()[-1].count("saved 3") == 1
 
 
 def test_weights_are_exported_with_each_checkpoint_and_training_does_not_notice(small: Callable[..., Config]) -> None:
