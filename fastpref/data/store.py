@@ -6,6 +6,7 @@ import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -76,18 +77,18 @@ class Store:
     def __init__(self, path: Path, manifest: StoreManifest) -> None:
         self.path, self.manifest = path, manifest
         self._shards: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
-        self._verified: set[str] = set()  # files of the index whose checksum was compared
         # the captions first: decoding text takes three times what it leaves
-        self._captions = self._table(files.CAPTIONS, ["caption"]).column("caption")
+        self._captions, self._caption_shard, self._caption_row = self._columns(
+            files.CAPTIONS, "caption", "shard", "row"
+        )
         pa.default_memory_pool().release_unused()
         pairs = self._columns(files.PAIRS, "record", "image_w", "image_l", "caption", "label", "bucket")
         self.record, self._image_w, self._image_l, self._caption, self._label, bucket = pairs
         if manifest.ties == "keep":
             self._label = np.ones_like(self._label)
         self.bucket_ids = bucket.astype(np.int64)
-        self._image_shard, self._image_row, self._image_bucket = self._columns(files.IMAGES, "shard", "row", "bucket")
-        self._sizes_and_crops = self._columns(files.IMAGES, "height", "width", "crop_top", "crop_left")
-        self._caption_shard, self._caption_row = self._columns(files.CAPTIONS, "shard", "row")
+        images = self._columns(files.IMAGES, "shard", "row", "bucket", "height", "width", "crop_top", "crop_left")
+        self._image_shard, self._image_row, self._image_bucket, *self._sizes_and_crops = images
         self._is_xl = manifest.family == "sdxl"
 
     @classmethod
@@ -293,16 +294,15 @@ class Store:
             self._shards.popitem(last=False)
         return tensors
 
-    def _columns(self, name: str, *columns: str) -> list[np.ndarray]:
-        """One at a time: what a column is decoded from is freed before the next one is read."""
-        return [self._table(name, [column]).column(column).to_numpy() for column in columns]
-
-    def _table(self, name: str, columns: list[str]) -> pa.Table:
+    def _columns(self, name: str, *columns: str) -> list[Any]:
+        """Numbers as numpy arrays, texts as arrow's; one after another, in one thread: little is decoded at once."""
         try:
-            if name not in self._verified:
-                self._verify_file(name)
-                self._verified.add(name)
-            with pq.ParquetFile(self.path / name, memory_map=True) as file:
-                return file.read(columns, use_threads=False)
+            self._verify_file(name)
+            with pq.ParquetFile(self.path / name) as file:
+                return [_values(file.read([column], use_threads=False).column(column)) for column in columns]
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"the store's file {name} cannot be read", str(self.path), f"{error}: {_REMEDY}") from error
+
+
+def _values(column: pa.ChunkedArray) -> Any:
+    return column.to_numpy() if pa.types.is_primitive(column.type) else column
