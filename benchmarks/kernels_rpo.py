@@ -6,7 +6,6 @@ python benchmarks/kernels_rpo.py {fastpref,"eager fp32"} M
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -14,15 +13,9 @@ from pathlib import Path
 import torch
 from kernels_workloads import WORKLOADS
 
+from fastpref.memory import peak_rss_bytes, resident_bytes
+
 DIM = 256
-
-
-def memory(field: str) -> int:
-    """Bytes, of /proc/self/status."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if found is None:
-        raise RuntimeError(f"/proc/self/status has no {field}")
-    return int(found[1]) << 10
 
 
 def measure(form: str, size: int) -> dict[str, float]:
@@ -33,10 +26,10 @@ def measure(form: str, size: int) -> dict[str, float]:
     for name in w.wrt:
         inputs[name].requires_grad_()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before, began = memory("VmRSS"), time.perf_counter()
+    before, began = resident_bytes(), time.perf_counter()
     (loss,) = (w.run if form == "fastpref" else w.eager)(inputs)
     grad_w, grad_l = torch.autograd.grad(loss, [inputs[name] for name in w.wrt])
-    seconds, peak = time.perf_counter() - began, memory("VmHWM") - before
+    seconds, peak = time.perf_counter() - began, peak_rss_bytes() - before
     return {"seconds": seconds, "peak_bytes": peak, "loss": loss.item(), "grad": (grad_w - grad_l).norm().item()}
 
 

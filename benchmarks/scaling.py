@@ -58,12 +58,6 @@ def step_point(settings: list[str], overrides: list[str], repeats: int) -> dict[
     return {"seconds": median(found), "spread": max(found) - min(found), "peak_rss_bytes": peak_rss_bytes()}
 
 
-def high_water() -> int:
-    """Peak resident bytes since the peak was last reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-
-
 def records_point(settings: list[str], records: int, folder: Path, repeats: int) -> dict[str, Any]:
     """Opening a store, and batches of 512 pairs of its first and its eighth epoch."""
     path = folder / f"records-{records}"
@@ -72,11 +66,11 @@ def records_point(settings: list[str], records: int, folder: Path, repeats: int)
         raise SystemExit(0)  # what making it needed is not what opening it needs
     Store.open(Path(config_of(settings).store))  # what reading parquet needs in any case
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = high_water()
+    before = peak_rss_bytes()
     began = time.perf_counter()
     store = Store.open(path)
     opened = time.perf_counter() - began
-    grown = high_water() - before
+    grown = peak_rss_bytes() - before
     sampler = open_sampler(config_of(settings, "batch_size=512", "method=dpo"), store)
     answer = {"seconds": opened, "grown_bytes": grown}
     for name, first in (("first", 0), ("later", 7 * sampler.batches_per_epoch)):

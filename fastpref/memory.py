@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 _MEMINFO = Path("/proc/meminfo")
+_STATUS = Path("/proc/self/status")
 _M_MMAP_THRESHOLD, _GIVEN_BACK = -3, 1 << 20  # of glibc's malloc.h; bytes
 
 
@@ -41,7 +42,14 @@ def resident_bytes() -> int:
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far, in bytes."""
+    """Largest resident memory of this process so far, in bytes.
+
+    Linux's ru_maxrss would not do: it outlives exec, and is then at least what the process held that started this one.
+    """
+    if _STATUS.is_file():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 

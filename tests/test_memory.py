@@ -26,3 +26,14 @@ def test_freed_blocks_between_others_go_back_to_the_system(environment: dict[str
     command = [sys.executable, "-c", HOLES]
     done = subprocess.run(command, check=True, text=True, capture_output=True, env=os.environ | environment)
     assert (int(done.stdout) >= 60) == given_back
+
+
+PEAK = "from fastpref.memory import peak_rss_bytes; print(peak_rss_bytes())"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere getrusage is all there is")
+def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
+    """On Linux getrusage's ru_maxrss outlives exec: it would give a child what its parent held."""
+    held = bytearray(b"x") * (1500 << 20)
+    done = subprocess.run([sys.executable, "-c", PEAK], check=True, text=True, capture_output=True)
+    assert 100 << 20 < int(done.stdout) < len(held)
