@@ -116,7 +116,8 @@ def measure(
         hold_once([literal.unet, ours[side].policy.unet])
     first = next(iter(ours.values()))
     half = first.config.precision == "bf16"
-    apart = check_same(losses(first, literal, 2 if half else 3), BF16_TOLERANCE if half else LOSS_TOLERANCE)
+    checked = 2 if half else 3
+    apart = check_same(losses(first, literal, checked), BF16_TOLERANCE if half else LOSS_TOLERANCE)
     for trainer in list(ours.values())[1:]:
         trainer.step(0)
     calls: dict[str, Any] = {side: trainer.step for side, trainer in ours.items()}
@@ -126,7 +127,7 @@ def measure(
         order = names[repeat % len(names) :] + names[: repeat % len(names)]
         before = dict(literal.seconds)
         spent = dict.fromkeys(names, 0.0)
-        for step in range(steps * repeat, steps * (repeat + 1)):
+        for step in range(checked + steps * repeat, checked + steps * (repeat + 1)):
             given = draws.of(step)
             for name in order:
                 call = partial(literal.step, *given) if name == "literal" else None

@@ -18,6 +18,7 @@ import reference_repo  # noqa: E402
 import worlds  # noqa: E402
 
 from fastpref.errors import UserError  # noqa: E402
+from fastpref.train.offline import OfflineTrainer  # noqa: E402
 
 STEPS = 20
 
@@ -39,8 +40,20 @@ def test_losses_of_twenty_steps_are_the_same(settings: list[str], method: str) -
         bench.check_same([(ours, literal + 2e-5) for ours, literal in found])
 
 
-def test_every_side_is_measured_and_the_limit_counts_what_a_method_needs(settings: list[str]) -> None:
-    rows = bench.measure(settings, "dpo", repeats=2, steps=1)
+def test_every_side_is_measured_and_the_limit_counts_what_a_method_needs(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: dict[int, list[int]] = {}
+    of_the_engine = OfflineTrainer.step
+
+    def step(trainer: OfflineTrainer, number: int) -> Any:
+        taken.setdefault(id(trainer), []).append(number)
+        return of_the_engine(trainer, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OfflineTrainer, "step", step)
+        rows = bench.measure(settings, "dpo", repeats=2, steps=1)
+    assert [sorted(set(numbers)) for numbers in taken.values()] == list(taken.values())  # none twice, none back
     sides = {row["side"] for row in rows}
     assert {"literal", "ours", "ours, ledger", "bare, ours", "bare, ours, ledger", "literal VAE"} <= sides
     assert all(row["seconds"] > 0 for row in rows) and len(rows) == 2 * len(sides)
