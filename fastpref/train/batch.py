@@ -18,7 +18,7 @@ from fastpref.models.loading import NoiseSchedule
 from fastpref.models.policy import Conditioning
 from fastpref.objectives.rpo import combine_embeddings
 from fastpref.train.profile import phase
-from fastpref_kernels import add_keyed_noise, derive_keys, keyed_noise, keyed_uniform_u32
+from fastpref_kernels import derive_keys, keyed_noise, keyed_uniform_u32
 
 _U32 = 1 << 32
 Pairs = TypeVar("Pairs", StoreBatch, ClipBatch)
@@ -50,7 +50,8 @@ class BatchBuilder:
         self.store, self.schedule, self.config, self.device = store, schedule, config, device
         self.with_losers = with_losers
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        self.alphas_cumprod = schedule.alphas_cumprod.to(device, self.dtype)
+        alphas_cumprod = schedule.alphas_cumprod.to(device, self.dtype)
+        self.signal, self.sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
         prompt, pooled = store.empty_prompt()
         self.empty_prompt_embeds, self.empty_pooled = self.moved(prompt), None if pooled is None else self.moved(pooled)
 
@@ -73,13 +74,15 @@ class BatchBuilder:
             conditioning = self._conditioning(plan, ids, stored, repeat)
             label = self.moved(stored.label) if self.store.manifest.ties == "half" else None
         with phase("noise"):
-            keys = self.moved(self._keys(plan, ids, "noise").repeat(repeat))
             timesteps = self.moved(self._timesteps(plan, rows).repeat(repeat))
             clean = self._latents(plan, ids, stored)
-            noise = keyed_noise(keys, tuple(clean.shape[1:]), self.dtype)
-            noisy = add_keyed_noise(clean, keys, timesteps, self.alphas_cumprod)
+            keys = self.moved(self._keys(plan, ids, "noise"))
+            # Drawn once for both pictures of a pair and for the target: on a CPU it is most of what a batch costs.
+            noise = keyed_noise(keys, tuple(clean.shape[1:]), self.dtype).repeat(repeat, 1, 1, 1)
+            signal, sigma = (level[timesteps].view(-1, 1, 1, 1) for level in (self.signal, self.sigma))
+            noisy = clean * signal + noise * sigma
             epsilon = self.schedule.prediction_type == "epsilon"
-            target = noise if epsilon else self._velocity(clean, noise, timesteps)
+            target = noise if epsilon else noise * signal - clean * sigma
         return PairBatch(noisy, target, timesteps, conditioning, len(ids), label)
 
     def embeddings(self, plan: BatchPlan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,6 +111,8 @@ class BatchBuilder:
 
     def _mislabelled(self, ids: torch.Tensor) -> torch.Tensor:
         """``(n,)`` bool; like a person's mistake it stays with the pair, so the epoch is left out of the key."""
+        if not self.config.label_noise:
+            return torch.zeros(len(ids), dtype=torch.bool)
         word = keyed_uniform_u32(derive_keys(self.config.seed, 0, ids, 0, "label"))
         return word < int(self.config.label_noise * _U32)
 
@@ -126,10 +131,6 @@ class BatchBuilder:
         std = torch.cat([self.moved(s) for _, s in sides if s is not None])
         keys = self.moved(torch.cat([self._keys(plan, ids, "posterior", draw) for draw in range(len(sides))]))
         return clean + std * keyed_noise(keys, tuple(clean.shape[1:]), self.dtype)
-
-    def _velocity(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
 
     def _conditioning(self, plan: BatchPlan, ids: torch.Tensor, stored: StoreBatch, repeat: int) -> Conditioning:
         prompt = self.moved(stored.prompt_embeds)

@@ -18,6 +18,7 @@ from fastpref.train.batch import BatchBuilder
 from fastpref.train.engine import LocalEngine
 from fastpref.train.job import TrainJob
 from fastpref.train.offline import OfflineTrainer
+from fastpref_kernels import derive_keys, keyed_noise
 
 MakeConfig = Callable[..., Config]
 METHODS = {
@@ -115,17 +116,19 @@ def test_gradient_equals_a_literal_implementation(
 
 
 def test_noisy_latents_and_velocity_are_the_forward_process(sd15_config: MakeConfig) -> None:
-    """From x_t and v both x_0 and ε come back, and winner and loser share ε and t."""
+    """From x_t and v both x_0 and ε come back, and winner and loser share ε, drawn once by its key, and t."""
     trainer = make_trainer(sd15_config("method=dpo", "precision=fp64"))
     plan = trainer.sampler.batch(0)
     batch = trainer.batches.build(plan, slice(0, 8))
-    alpha = trainer.batches.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    alpha = trainer.batches.schedule.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     noise = (1 - alpha).sqrt() * batch.noisy + alpha.sqrt() * batch.target
     clean = alpha.sqrt() * batch.noisy - (1 - alpha).sqrt() * batch.target
     stored = trainer.batches.store.batch(plan.indices)
     assert torch.allclose(clean[:8], stored.latents_w.double(), atol=1e-9)
     assert torch.allclose(clean[8:], stored.latents_l.double(), atol=1e-9)
     assert torch.allclose(noise[:8], noise[8:], atol=1e-9) and torch.equal(batch.timesteps[:8], batch.timesteps[8:])
+    keys = derive_keys(trainer.config.seed, 0, torch.from_numpy(plan.indices), 0, "noise")
+    assert torch.allclose(noise[:8], keyed_noise(keys, tuple(noise.shape[1:]), torch.float64), atol=1e-9)
     assert abs(noise.std().item() - 1) < 0.05 and len(set(batch.timesteps.tolist())) > 1
 
 
