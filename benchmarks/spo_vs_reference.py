@@ -94,7 +94,14 @@ def compare_sides(config: Config, options: argparse.Namespace, out: Path) -> lis
 
 
 def emoji_config(scorer: Path) -> Config:
-    """The recipe with the trained scorer, in the published shape: 20 steps, 16 branched, pools of 4, threshold 0.3."""
+    """The recipe with the trained scorer, in the published shape: 20 steps, 16 branched, pools of 4, threshold 0.3.
+
+    Raises:
+        UserError: nobody has trained the scorer.
+    """
+    if not scorer.is_dir():
+        train = " && ".join(f"fastpref {command} configs/emoji_spm.yaml" for command in ("prepare", "train"))
+        raise UserError("there is no preference model to score with", str(scorer), f"make it with {train}")
     shape = ["sample_steps=20", "plain_steps=4", "timestep_range=null", "candidates=4", "score_threshold=0.3"]
     rest = ["lr_scheduler=constant", f"scorer={scorer}", "tracker=none", "evaluate=false"]
     return load_config(RECIPE, [*shape, *rest])

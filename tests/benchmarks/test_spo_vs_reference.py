@@ -114,3 +114,8 @@ def test_the_public_code_is_looked_at_and_not_run(tmp_path: Path) -> None:
     (tmp_path / changed).write_text("")
     with pytest.raises(UserError, match="it has changed: 'noise_ref_pred_1' is not in it"):
         bench.refuse_public_code(tmp_path)
+
+
+def test_a_scorer_that_nobody_trained_is_asked_for_with_its_command(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no preference model to score with.*fastpref train configs/emoji_spm.yaml"):
+        bench.emoji_config(tmp_path / "step_preference_model")
