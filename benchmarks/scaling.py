@@ -159,7 +159,10 @@ def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
             if kind == "ranks" and not line:
                 axes.legend(fontsize=6)
             axes.set_xscale("log", base=10 if kind == "records" else 2)
-            axes.set_ylim(bottom=0)
+            if kind != "records":
+                values = sorted({int(row["value"]) for row in own})
+                axes.set_xticks(values, [str(value) for value in values])
+            axes.set_ylim(0, 1.15 * scale * max(float(row[key]) for row in own))
             axes.set(xlabel=kind, ylabel=label)
     figure.savefig(out, dpi=120)
 
