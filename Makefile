@@ -15,7 +15,7 @@ help:
 	@echo "make quickstart-spo   a step-aware preference model, then SPO with it; report in runs/quickstart-spo/report.html"
 	@echo "make test         lint, types and the whole test suite"
 	@echo "make compare      SFT, DPO and RPO from one base over three seeds: an hour and a half or more, resumable"
-	@echo "make bench        the short set of benchmarks, about 20 minutes by its parts"
+	@echo "make bench        the short set of benchmarks: 11 minutes"
 	@echo "make reference-venv   $(REFERENCE), 6 GB, in which diffusers' training scripts run too"
 	@echo "make kernels      the kernel package's proof without a GPU: gates, interpreter, lanes, mutations; 6 minutes"
 	@echo "make fuzz         5000 damaged inputs in-process and 300 through the command line; half an hour"

@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from common import RESULTS, ROOT, markdown, provenance, read_csv, write_csv
 
+from fastpref.atomic import write_bytes
+
 HERE = Path(__file__).parent
 LIMIT = 64 << 20  # bytes beyond the inputs that rpo_loss may take on the CPU
 CPU_STATISTICS = {"ms": "median", "ms_q1": "q1", "ms_q3": "q3", "ms_min": "min", "ms_max": "max"}
@@ -104,7 +106,8 @@ def cpu(folder: Path) -> list[Row]:
     ]
     table = cpu_table(rows)
     print(table)
-    (folder / "kernels_cpu.md").write_text(table + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / "kernels_cpu.md", f"{table}\n".encode())
     return rows
 
 
