@@ -5,7 +5,7 @@
 Ours and the bare passes take turns in one process on the same batch. The limit of a method is a policy forward and
 backward, with the reference switched in by LoRA a reference forward too, and for RPO over several micro-batches with
 rewards first another policy forward. Writes results/limit.csv, and .md and .png of all models in it; the last line is
-``ratio NAME VALUE …``. ``--model full`` takes a few arms and 3 repeats, half an hour or more.
+``ratio NAME VALUE …``. ``--model full`` takes a few arms and 3 repeats, 20 minutes.
 """
 
 from __future__ import annotations
