@@ -110,9 +110,10 @@ def ratios(rows: Sequence[dict[str, Any]], arm: str) -> list[float]:
 
 
 def by_setting(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of each model, compiled and eager apart."""
+    """Rows of each model, as worlds.py lists them, compiled and eager apart."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
+    order = list(MODELS)
+    for row in sorted(rows, key=lambda row: (str(row["compile"]), order.index(row["model"]))):
         found.setdefault(f"{row['model']}{', compiled' if str(row['compile']) == 'True' else ''}", []).append(row)
     return found
 

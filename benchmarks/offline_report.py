@@ -9,6 +9,7 @@ from typing import Any
 
 from bars import Panel, draw
 from common import markdown
+from worlds import MODELS
 
 SHARE = 0.9  # of the ceiling
 SIDES, PUBLIC = ("ours", "ours, ledger"), "public script"
@@ -46,10 +47,11 @@ def key_of(row: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """(model, method) → rows; the model's name says what else tells two groups apart."""
+    """(model, method) → rows, models as worlds.py lists them; their name says what else tells two groups apart."""
     several = len({row["torch"] for row in rows}) > 1
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
+    order = list(MODELS)
+    for row in sorted(rows, key=lambda row: (row["torch"], str(row["compile"]), order.index(row["model"]))):
         model, method, compiled, version = key_of(row)
         name = f"{model}{', compiled' if compiled == 'True' else ''}{f', torch {version}' if several else ''}"
         found.setdefault((name, method), []).append(row)
