@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, astuple, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -133,7 +134,7 @@ class TrainJob:
                     log.write(newest)
                 tell(advance=1)
 
-        with bar, StopRequest() as stop, writer:
+        with bar, StopRequest() as stop, closing(trainer), writer:
             task = bar.add_task(f"train {config.method}", total=config.steps, completed=start, note="")
             alone = self.world.size == 1  # ranks stop together, between two steps
             watch = Watch(lambda note: bar.update(task, note=note), lambda: alone and stop.signal is not None)

@@ -41,7 +41,7 @@ class Loader:
     ) -> None:
         self.sampler, self.batches, self.micro_batches = sampler, batches, micro_batches
         self.with_embeddings, self.ahead = with_embeddings, ahead
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._pool = self._thread()
         self._due: tuple[int, int] | None = None
         self._futures: list[Future[Loaded]] = []
 
@@ -54,6 +54,15 @@ class Loader:
             self._futures.append(self._pool.submit(self._read, *self._after(len(self._futures))))
         self._due = self._after(1)
         return self._futures.pop(0).result()
+
+    def close(self) -> None:
+        """Read no further; waits for a read under way. :meth:`take` begins anew."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool, self._due = self._thread(), None
+
+    @staticmethod
+    def _thread() -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="loader")  # starts with the first read
 
     def _after(self, count: int) -> tuple[int, int]:
         """What is due ``count`` micro-batches after the next one."""

@@ -31,6 +31,11 @@ class Trainer(ABC):
     def begin(self, run_dir: Path, watch: Watch) -> None:  # noqa: B027 - most trainers need neither
         """Called once, after a checkpoint was put back and before the first step."""
 
+    def close(self) -> None:
+        """Called once, after the last step or an error: nothing is read ahead from then on."""
+        if (loader := vars(self).get("_loader")) is not None:  # a cached_property: there once it was used
+            loader.close()
+
     def verify(self) -> None:  # noqa: B027 - step-wise methods read no store
         """Compare all that is on disk for the training with its checksums; :class:`UserError` if it is damaged."""
 

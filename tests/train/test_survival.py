@@ -10,8 +10,9 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fastpref.data.prepare import prepare
 from fastpref.data.store import Store
 from fastpref.errors import UserError
 from fastpref.runs import run_training
+from fastpref.train.batch import BatchBuilder
 from fastpref.train.checkpoint import Checkpoint, load_checkpoint, newest_intact
 from fastpref.train.job import Stopped
 from fastpref.train.offline import OfflineTrainer
@@ -113,6 +115,44 @@ def test_a_full_disk_anywhere_else_is_one_line_too(
     assert command(recipe("full"), tmp_path, monkeypatch) == 2
     error = capfd.readouterr().err
     assert "No space left on device" in error and "Traceback" not in error and error.count("error: ") == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nobody_reads_the_store_after_the_run(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Neither after its end nor after an error: the files may be replaced then, and a mapped one that shrinks kills."""
+    reads, plain = [0], BatchBuilder.read
+
+    def slow(batches: BatchBuilder, *rest: Any) -> Any:
+        reads[0] += 1
+        number = reads[0]
+        time.sleep(0.1)
+        if fails and number == 3:
+            raise UserError("the store is damaged", "test", "none")
+        return plain(batches, *rest)
+
+    monkeypatch.setattr(BatchBuilder, "read", slow)
+    with pytest.raises(UserError, match="the store is damaged") if fails else nullcontext():
+        run_training(recipe("alone"))
+    found = reads[0]
+    time.sleep(0.5)
+    assert reads[0] == found >= 3
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_a_closed_trainer_reads_again_when_it_is_asked_to(sd15_config: Recipe) -> None:
+    from fastpref.models.loading import resolve_model_dir
+    from fastpref.train.offline import open_trainer
+
+    config = sd15_config("method=dpo", "micro_batch_size=4")
+    losses = []
+    for closes in (False, True):
+        trainer = open_trainer(config, resolve_model_dir(config.model), torch.device("cpu"))
+        trainer.step(0)
+        if closes:
+            trainer.close()
+        losses.append(trainer.step(1)["loss"])
+        trainer.close()
+    assert losses[0] == losses[1] != math.log(2)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
