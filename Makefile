@@ -65,17 +65,17 @@ compare: $(VENV)/.dev
 	@$(BIN)/python benchmarks/compare.py
 
 bench: $(VENV)/.dev
-	@echo "== SFT, DPO and RPO from one base, one seed: 10 minutes"
+	@echo "== SFT, DPO and RPO from one base, one seed"
 	@$(BIN)/python benchmarks/compare.py --short
-	@echo "== our step over the bare UNet passes: 1 minute"
+	@echo "== our step over the bare UNet passes"
 	@$(BIN)/python benchmarks/limit.py --quick
-	@echo "== DPO against the literal trainer: 2 minutes"
+	@echo "== DPO against the literal trainer"
 	@$(BIN)/python benchmarks/offline_vs_reference.py --short
-	@echo "== batch, records, loader, ranks: 3 minutes"
+	@echo "== batch, records, loader, ranks"
 	@$(BIN)/python benchmarks/scaling.py --short
-	@echo "== rounding that a ledger leaves: half a minute"
+	@echo "== rounding that a ledger leaves"
 	@$(BIN)/python benchmarks/ledger_noise.py --short
-	@echo "== kernels: what they move, and their times on the CPU, into runs/bench: 2 minutes"
+	@echo "== kernels: what they move, and their times on the CPU, into runs/bench"
 	@$(BIN)/python benchmarks/kernels.py counts cpu --out runs/bench
 
 # The public script imports torchvision, which has no build for the torch of constraints.txt: both sides run with these.

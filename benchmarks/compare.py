@@ -155,7 +155,7 @@ def parse(plan: dict[str, Any], arms: dict[str, Arm]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=sorted(arms), default=list(arms))
-    parser.add_argument("--short", action="store_true", help="the few arms of compare.yaml's short form, in 20 minutes")
+    parser.add_argument("--short", action="store_true", help="compare.yaml's short form, into runs/bench")
     parser.add_argument("--report", action="store_true", help="run nothing: tables and plots from the CSV")
     parser.add_argument("--readme", action="store_true", help="also put the table into benchmarks/README.md")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "compare")
@@ -169,7 +169,7 @@ def main() -> None:
     """Prepare the store if need be, run, report."""
     plan, arms = read_plan()
     options = parse(plan, arms)
-    out = RESULTS / ("compare_short.csv" if options.short else "compare.csv")
+    out = (ROOT / "runs" / "bench" if options.short else RESULTS) / "compare.csv"
     try:
         if not options.report:
             from fastpref.data.prepare import prepare
