@@ -24,6 +24,15 @@ ABOUT_PUBLIC = (
     "batch, LoRA rank, precision and threads, launched once in every repeat behind the others' turns, its steps "
     "timed from its progress line after two of warm-up. It draws its own noise, so its losses are not compared."
 )
+ABOUT_EAGER = (
+    "A whole step with compile=true over bare passes that are not compiled, by turns in one process: above 1 it is "
+    "faster than any eager step could be."
+)
+
+
+def eager_of(side: str) -> str:
+    """The name of the bare passes of ``side`` without compile, where ours has it."""
+    return f"bare eager, {side}"
 
 
 def times(rows: Sequence[dict[str, Any]], side: str) -> list[float]:
@@ -60,18 +69,23 @@ def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[st
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
     """One line a model, method and side of ours; then those of the public script."""
-    lines, public = [], []
+    lines, public, beyond = [], [], []
     for (name, method), own in groups(rows).items():
         memory = {row["side"]: int(row["peak_rss_bytes"]) for row in own if row.get("peak_rss_bytes")}
         for side in SIDES:
             if times(own, side):
                 lines.append([name, method, *_line(own, side, memory)])
+            if times(own, eager_of(side)):
+                beyond.append([name, method, *_eager_line(own, side)])
         if times(own, PUBLIC):
             public.append([name, method, *_public_line(own)])
     head = ["model", "method", "reference", "literal, ms", "ours, ms", "speed-up (range)", "ceiling", "of the ceiling"]
     text = markdown([*head, f"at least {SHARE:.0%}", "peak memory, literal → ours, GB"], lines)
     if any(row["model"] == "full" for row in rows):
         text += f"\n\n{FULL_SIZE}"
+    if beyond:
+        head = ["model", "method", "reference", "eager bare passes, ms", "compiled step, ms", "bare over step (range)"]
+        text += f"\n\n{markdown([*head, 'beyond the eager ceiling'], beyond)}\n\n{ABOUT_EAGER}"
     if public:
         head = ["model", "method", "public script, ms", "over ours, LoRA off (range)", "over ours, ledger (range)"]
         text += f"\n\n{markdown([*head, 'over the literal trainer (range)'], public)}\n\n{ABOUT_PUBLIC}"
@@ -82,6 +96,16 @@ def _public_line(own: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{1e3 * median(times(own, PUBLIC)):.0f}", *(_spread(ratios(own, PUBLIC, s)) for s in (*SIDES, "literal"))]
 
 
+def _eager_line(own: Sequence[dict[str, Any]], side: str) -> list[str]:
+    eager, found = eager_of(side), ratios(own, eager_of(side), side)
+    values = [f"{1e3 * median(times(own, name)):.0f}" for name in (eager, side)]
+    return [_reference(own, side), *values, _spread(found), "yes" if median(found) > 1 else "no"]
+
+
+def _reference(own: Sequence[dict[str, Any]], side: str) -> str:
+    return "ledger" if "ledger" in side else "LoRA off" if own[0]["method"] != "sft" else "–"
+
+
 def _spread(found: Sequence[float]) -> str:
     return f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
@@ -90,7 +114,7 @@ def _line(own: Sequence[dict[str, Any]], side: str, memory: dict[str, int]) -> l
     found, most = ratios(own, "literal", side), ceiling(own, side)
     share = median(ratios(own, f"bare, {side}", side))
     return [
-        "ledger" if "ledger" in side else "LoRA off" if own[0]["method"] != "sft" else "–",
+        _reference(own, side),
         f"{1e3 * median(times(own, 'literal')):.0f}",
         f"{1e3 * median(times(own, side)):.0f}",
         _spread(found),
@@ -109,6 +133,8 @@ def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
             if times(own, side):
                 bars = {"over the literal trainer": ratios(own, "literal", side)}
                 bars["ceiling: bare UNet passes"] = ratios(own, "literal", f"bare, {side}")
+                if times(own, eager_of(side)):
+                    bars["ceiling without compile"] = ratios(own, "literal", eager_of(side))
                 if times(own, PUBLIC):
                     bars["over diffusers' script"] = ratios(own, PUBLIC, side)
                 label = method if method == "sft" else f"{method}, {'ledger' if 'ledger' in side else 'LoRA off'}"

@@ -6,7 +6,8 @@
 
 The sides take turns in one process: literal (literal_offline.py), ours with the reference by LoRA switch, ours with the
 ledger, and the bare UNet passes of either. What the literal side spends beside those passes is what there is to gain:
-the ceiling is literal over bare, measured in the same run, and a benchmark whose losses differ is void. Peak memory is
+the ceiling is literal over bare, measured in the same run, and a benchmark whose losses differ is void. With --compile,
+bare passes that are not compiled take turns too: the eager ceiling, which compiled steps are to pass. Peak memory is
 each side's own, in a process of its own. --reference-repo also launches a checkout of diffusers (or, on a GPU, of
 DiffusionDPO) as it is on the same model and parquet file, once in every repeat of dpo, behind the others' turns and
 with as many threads, under --python: by default the interpreter that ours runs under, so that both have one torch.
@@ -30,7 +31,7 @@ import torch
 from common import RESULTS, ROOT, provenance, publish, read_csv
 from limit import Bare, seconds
 from literal_offline import LiteralOffline
-from offline_report import key_of, plot, report
+from offline_report import eager_of, key_of, plot, report
 from reference_repo import find_script, run_script
 from worlds import MODELS, config_of, open_world, trainer_of
 
@@ -122,6 +123,10 @@ def measure(
         trainer.step(0)
     calls: dict[str, Any] = {side: trainer.step for side, trainer in ours.items()}
     bare = {f"bare, {side}": Bare(trainer) for side, trainer in ours.items()}
+    for side, overrides in sides_of(settings, method).items() if first.config.compile else ():
+        eager = trainer_of(settings, *overrides, "compile=false")
+        hold_once([literal.unet, eager.policy.unet])
+        bare[eager_of(side)] = Bare(eager)
     draws, rows, names = Draws(first), [], ["literal", *calls, *bare]
     for repeat in range(repeats):
         order = names[repeat % len(names) :] + names[: repeat % len(names)]
@@ -180,7 +185,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of every side in a repeat; default: 3")
     parser.add_argument("--short", action="store_true", help="dpo, 3 repeats of 2 steps, no CSV")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-    parser.add_argument("--compile", action="store_true", help="ours and the bare passes with compile=true")
+    parser.add_argument("--compile", action="store_true", help="ours with compile=true; bare passes with and without")
     parser.add_argument("--reference-repo", type=Path, help="checkout of diffusers or DiffusionDPO: time it too")
     parser.add_argument("--python", default=sys.executable, help="interpreter that runs the checkout's script")
     parser.add_argument("--out", type=Path, default=OUT)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -18,6 +19,7 @@ import reference_repo  # noqa: E402
 import worlds  # noqa: E402
 
 from fastpref.errors import UserError  # noqa: E402
+from fastpref.models import policy  # noqa: E402
 from fastpref.train.offline import OfflineTrainer  # noqa: E402
 
 STEPS = 20
@@ -64,6 +66,32 @@ def test_every_side_is_measured_and_the_limit_counts_what_a_method_needs(
         trainer.step(0)
         assert trainer.policy.forwards == 2 * forwards, arm
         assert all(parameter.grad is None for parameter in trainer.policy.trainable.values())
+
+
+def test_a_compiled_step_takes_turns_with_eager_passes(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(policy, "compile_blocks", compiled.append)
+    passes: list[limit.Bare] = []
+    of_the_limit = limit.Bare.step
+    monkeypatch.setattr(limit.Bare, "step", lambda bare: (passes.append(bare), of_the_limit(bare))[1])
+    rows = bench.measure([*settings, "compile=true"], "dpo", repeats=1, steps=1)
+    assert {row["side"] for row in rows if row["side"].startswith("bare")} == {
+        *("bare, ours", "bare, ours, ledger", "bare eager, ours", "bare eager, ours, ledger")
+    }
+    unets = {id(unet) for unet in compiled}
+    found = [(id(bare.policy.unet) in unets, bare.reference) for bare in passes]
+    assert sorted(found) == [(False, False), (False, True), (True, False), (True, True)]
+
+
+def test_beyond_the_eager_ceiling_by_hand() -> None:
+    seconds = {"literal": 4.0, "ours": 2.0, "bare, ours": 1.8, "bare eager, ours": 2.2}
+    common = {"model": "emoji", "method": "dpo", "compile": "True", "torch": "2.13.0", "repeat": "0"}
+    rows = [common | {"side": side, "seconds": str(value)} for side, value in seconds.items()]
+    said = offline_report.report(rows)
+    assert "| emoji, compiled | dpo | LoRA off | 2200 | 2000 | 1.10 (1.10 to 1.10) | yes |" in said
+    assert "| 4000 | 2000 | 2.00 (2.00 to 2.00) | 2.22 | 90% | yes |" in said
+    slower = offline_report.report([*rows[:1], rows[1] | {"seconds": "2.4"}, *rows[2:]])
+    assert "| 2200 | 2400 | 0.92 (0.92 to 0.92) | no |" in slower
 
 
 def test_ratios_and_ceiling_by_hand() -> None:
