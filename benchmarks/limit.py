@@ -1,6 +1,6 @@
 """How far a step is from the physical limit: our step over the bare UNet passes that its method needs.
 
-    python benchmarks/limit.py [--quick] [--model emoji|mid|full] [--repeats 7] [--compile] [--report] [--readme]
+    python benchmarks/limit.py [--quick] [--model emoji|mid|full] [--repeats 7] [--compile [unet]] [--report] [--readme]
 
 Ours and the bare passes take turns in one process on the same batch. The limit of a method is a policy forward and
 backward, with the reference switched in by LoRA a reference forward too, and for RPO over several micro-batches with
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from bars import Panel, draw
 from common import RESULTS, ROOT, markdown, provenance, publish, read_csv
-from worlds import MODELS, open_world, trainer_of
+from worlds import COMPILED, MODELS, add_compile, open_world, trainer_of
 
 from fastpref.errors import UserError
 from fastpref.train.batch import PairBatch
@@ -114,7 +114,7 @@ def by_setting(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
     found: dict[str, list[dict[str, Any]]] = {}
     order = list(MODELS)
     for row in sorted(rows, key=lambda row: (str(row["compile"]), order.index(row["model"]))):
-        found.setdefault(f"{row['model']}{', compiled' if str(row['compile']) == 'True' else ''}", []).append(row)
+        found.setdefault(row["model"] + COMPILED[str(row["compile"])], []).append(row)
     return found
 
 
@@ -136,13 +136,13 @@ def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """The ratio of every arm beside the target."""
     panels = [
         Panel(
-            MODELS[group[0]["model"]] if len(setting.split()) == 1 else f"{MODELS[group[0]['model']]}, compiled",
+            MODELS[group[0]["model"]] + COMPILED[str(group[0]["compile"])],
             "our step over the bare UNet passes",
             {arm: {"median and range": ratios(group, arm)} for arm in dict.fromkeys(row["arm"] for row in group)},
             TARGET,
             f"at most {TARGET:.2f}",
         )
-        for setting, group in by_setting(rows).items()
+        for group in by_setting(rows).values()
     ]
     draw(panels, out)
 
@@ -160,7 +160,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, 5 repeats, no CSV")
     parser.add_argument("--repeats", type=int, help="default: 7, of the full-size model 3")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-    parser.add_argument("--compile", action="store_true", help="both sides with compile=true")
+    add_compile(parser, "both sides with compile=true (blocks, the default) or unet")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--report", action="store_true", help="run nothing: table and plot from the CSV")
     parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
@@ -173,7 +173,7 @@ def run(options: argparse.Namespace, about: dict[str, Any]) -> list[dict[str, An
     repeats = options.repeats or (5 if options.quick else 3 if options.model == "full" else 7)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        settings = [*open_world(options.model, Path(folder)), f"compile={str(options.compile).lower()}"]
+        settings = [*open_world(options.model, Path(folder)), f"compile={options.compile.lower()}"]
         for arm in [name for name in arms if name in QUICK or not options.quick]:
             print(arm, file=sys.stderr)
             found = measure(trainer_of(settings, *arms[arm]), repeats)

@@ -9,7 +9,7 @@ from typing import Any
 
 from bars import Panel, draw
 from common import markdown
-from worlds import MODELS
+from worlds import COMPILED, MODELS
 
 SHARE = 0.9  # of the ceiling
 SIDES, PUBLIC = ("ours", "ours, ledger"), "public script"
@@ -62,7 +62,7 @@ def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[st
     order = list(MODELS)
     for row in sorted(rows, key=lambda row: (row["torch"], str(row["compile"]), order.index(row["model"]))):
         model, method, compiled, version = key_of(row)
-        name = f"{model}{', compiled' if compiled == 'True' else ''}{f', torch {version}' if several else ''}"
+        name = f"{model}{COMPILED[compiled]}{f', torch {version}' if several else ''}"
         found.setdefault((name, method), []).append(row)
     return found
 

@@ -33,7 +33,7 @@ from limit import Bare, seconds
 from literal_offline import LiteralOffline
 from offline_report import eager_of, key_of, plot, report
 from reference_repo import find_script, run_script
-from worlds import MODELS, config_of, open_world, trainer_of
+from worlds import MODELS, add_compile, config_of, open_world, trainer_of
 
 from fastpref.config import Config
 from fastpref.data.store import Store
@@ -185,7 +185,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of every side in a repeat; default: 3")
     parser.add_argument("--short", action="store_true", help="dpo, 3 repeats of 2 steps, no CSV")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-    parser.add_argument("--compile", action="store_true", help="ours with compile=true; bare passes with and without")
+    add_compile(parser, "ours with compile=true (blocks, the default) or unet; bare passes with and without")
     parser.add_argument("--reference-repo", type=Path, help="checkout of diffusers or DiffusionDPO: time it too")
     parser.add_argument("--python", default=sys.executable, help="interpreter that runs the checkout's script")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -203,7 +203,7 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """All rows of the settings asked for."""
     if options.reference_repo is not None:
         find_script(options.reference_repo)  # before anything is measured
-    world = [*open_world(options.model, folder), f"compile={str(options.compile).lower()}"]
+    world = [*open_world(options.model, folder), f"compile={options.compile.lower()}"]
     about = {"model": options.model, "compile": options.compile, "threads": torch.get_num_threads()}
     rows: list[dict[str, Any]] = []
     for method in options.methods:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ MODELS = {
     "full": "SDXL's UNet of 2,567 M parameters, VAE and text encoders, random bf16 weights, 512 px, 1 pair a forward",
     "random": "a random SDXL for trying things out",
 }
+COMPILED = {"False": "", "True": ", compiled", "unet": ", one graph"}  # the setting compile, in a row and a table
 BATCH = 8
 COMMON = ["evaluate=false", "tracker=none", f"batch_size={BATCH}", "lora_rank=8", "beta=100", "learning_rate=1e-4"]
 MID = {"block_out_channels": (96, 192, 384), "transformer_layers_per_block": (1, 2, 4), "attention_head_dim": (3, 6, 6)}
@@ -41,6 +43,17 @@ TEXT_SHAPES = (
         **{"hidden_act": "gelu", "projection_dim": 1280},
     },
 )
+
+
+def add_compile(parser: argparse.ArgumentParser, help: str) -> None:
+    """``--compile [blocks|unet]``, stored as a key of :data:`COMPILED`."""
+    parser.set_defaults(compile="False")
+    parser.add_argument("--compile", nargs="?", const="blocks", choices=("blocks", "unet"), action=_Compile, help=help)
+
+
+class _Compile(argparse.Action):
+    def __call__(self, _: Any, found: argparse.Namespace, value: Any, option: str | None = None) -> None:
+        found.compile = "True" if value == "blocks" else value
 
 
 def open_world(model: str, folder: Path, pairs: int = 64) -> list[str]:

@@ -71,7 +71,10 @@ class Config(BaseModel):
         "auto", description="auto: sdpa, sliced if a CPU is short of memory; xformers and flash need their packages"
     )
     fused_ops: bool = Field(False, description="the kernels' GroupNorm+SiLU, GEGLU and LoRA in the UNet")
-    compile: bool = Field(False, description="torch.compile the UNet block by block: slower to start, then faster")
+    compile: bool | Literal["unet"] = Field(
+        False,
+        description="torch.compile of the UNet; true: by blocks; unet: as one, slower to start, then fastest",
+    )
     accumulation: Literal["rewards_first", "keep_graphs"] = Field(
         "rewards_first", description="RPO over several micro-batches: one more forward, or all graphs in memory"
     )

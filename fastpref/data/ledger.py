@@ -48,7 +48,7 @@ class Facts:
     micro_batch_size: int | None = None  # these in half precision only, where rounding has to be that of training
     attention: str | None = None
     fused_ops: bool | None = None
-    compile: bool | None = None
+    compile: bool | str | None = None
     format_version: int = FORMAT_VERSION
 
     @property

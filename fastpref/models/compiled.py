@@ -1,5 +1,7 @@
-"""torch.compile of a UNet, block by block: minutes less to start than the whole, and it leaves hooks, LoRA switches and
-checkpointing between the blocks as they are.
+"""torch.compile of a UNet, block by block or as one graph.
+
+Blocks are compiled once for all that are alike, and hooks between them (DeepSpeed's) stay as they are. One graph takes
+longer to start and is compiled again for every batch size, and removes what lies between the blocks too.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ OPTIONS: dict[str, Any] = {"dynamic": False}
 _GRAPHS = 256  # of one block class: every width and size, with and without gradient, LoRA on and off
 
 
-def compile_blocks(unet: torch.nn.Module) -> None:
-    """Compile the transformer and residual blocks in place; parameter names stay as they are."""
+def compile_unet(unet: torch.nn.Module, whole: bool) -> None:
+    """Compile a UNet, or its transformer and residual blocks, in place; parameter names stay as they are."""
     for name in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(torch._dynamo.config, name, max(_GRAPHS, getattr(torch._dynamo.config, name)))
-    for module in unet.modules():
-        if type(module).__name__ in BLOCKS:
+    for module in [unet] if whole else unet.modules():
+        if whole or type(module).__name__ in BLOCKS:
             module.compile(**OPTIONS)

@@ -14,7 +14,7 @@ import torch
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.models.attention import set_attention
-from fastpref.models.compiled import compile_blocks
+from fastpref.models.compiled import compile_unet
 from fastpref.models.loading import DTYPES, load_unet
 from fastpref.models.shared_prompt import share_prompts
 from fastpref_kernels import patch_unet
@@ -202,7 +202,7 @@ def _speed_up(unet: Any, config: Config) -> None:
     if config.fused_ops:
         patch_unet(unet)
     if config.compile:
-        compile_blocks(unet)
+        compile_unet(unet, whole=config.compile == "unet")
 
 
 def _add_lora(unet: Any, config: Config, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def test_every_side_is_measured_and_the_limit_counts_what_a_method_needs(
 
 def test_a_compiled_step_takes_turns_with_eager_passes(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[torch.nn.Module] = []
-    monkeypatch.setattr(policy, "compile_blocks", compiled.append)
+    monkeypatch.setattr(policy, "compile_unet", lambda unet, whole: compiled.append(unet))
     passes: list[limit.Bare] = []
     of_the_limit = limit.Bare.step
     monkeypatch.setattr(limit.Bare, "step", lambda bare: (passes.append(bare), of_the_limit(bare))[1])
@@ -81,6 +82,17 @@ def test_a_compiled_step_takes_turns_with_eager_passes(settings: list[str], monk
     unets = {id(unet) for unet in compiled}
     found = [(id(bare.policy.unet) in unets, bare.reference) for bare in passes]
     assert sorted(found) == [(False, False), (False, True), (True, False), (True, True)]
+
+
+def test_the_two_ways_to_compile_are_told_apart() -> None:
+    parser = argparse.ArgumentParser()
+    worlds.add_compile(parser, "")
+    said = [[], ["--compile"], ["--compile", "blocks"], ["--compile", "unet"]]
+    found = [parser.parse_args(words).compile for words in said]
+    assert found == ["False", "True", "True", "unet"]
+    assert [worlds.config_of([], f"compile={value.lower()}").compile for value in found] == [False, True, True, "unet"]
+    rows = [{"model": "emoji", "arm": "dpo", "compile": value, "ours_ms": "2", "bare_ms": "1"} for value in found[1:]]
+    assert list(limit.by_setting(rows)) == ["emoji, compiled", "emoji, one graph"]
 
 
 def test_beyond_the_eager_ceiling_by_hand() -> None:

@@ -79,6 +79,7 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float = 300) -> list
 
 def train(config: Config, source: Path | None = None, fault: str = "") -> None:
     """Train one recipe in this process, alone or with the others of the launcher; a fault strikes in the last rank."""
+    from fastpref.models import compiled
     from fastpref.models.loading import resolve_device
     from fastpref.runs import _run
     from fastpref.train.world import open_world
@@ -88,6 +89,7 @@ def train(config: Config, source: Path | None = None, fault: str = "") -> None:
         if source is not None and world.is_main:
             _cut(source, config.run_dir)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(compiled.OPTIONS, "backend", "aot_eager")  # traced and split as always, but in seconds
         if fault and world.rank == world.size - 1:
             FAULTS[fault](patch)
         with world.watching():

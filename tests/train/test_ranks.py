@@ -136,6 +136,9 @@ def runs(folder: Path, recipe: Callable[..., Config]) -> dict[str, Config]:
         made[f"few-{layout}"] = recipe(f"few-{layout}", *METHODS["dpo"], *LAYOUTS[layout])
         made[f"offload-{layout}"] = recipe(f"offload-{layout}", *METHODS["dpo"], *LAYOUTS[layout], offload)
         made[f"fp16-{layout}"] = recipe(f"fp16-{layout}", *METHODS["dpo"], *LAYOUTS[layout], "precision=fp16")
+    for whole in ("true", "unet"):
+        engine = [*LAYOUTS["ZeRO-2"], f"compile={whole}", "gradient_checkpointing=true"]
+        made[f"compiled-{whole}"] = recipe(f"compiled-{whole}", *EXACT, *METHODS["dpo"], *engine)
     made["nan"] = recipe("nan", *METHODS["dpo"], *LAYOUTS["ZeRO-2"])
     faults = {"nan": "nan", "fp16-ZeRO-2": "overflow", "fp16-ZeRO-3": "overflow"}
     tasks = [Task(config, fault=faults.get(name, "")) for name, config in made.items()]
@@ -178,6 +181,12 @@ def test_twenty_steps_are_those_of_one_process(
     assert mine["step"] == one["step"] and abs(mine["value"] - one["value"]) < 1e-9
     if method != "rpo":  # which scores its batch twice where it is cut
         assert {name: summary(other)[name] for name in COUNTS} == counted
+
+
+@pytest.mark.parametrize("whole", ["true", "unet"])
+def test_compiling_changes_no_step(runs: dict[str, Config], alone: dict[str, Config], whole: str) -> None:
+    """Block by block and as one graph, with LoRA and checkpointing under DeepSpeed."""
+    assert difference(alone["dpo"], runs[f"compiled-{whole}"]) < 1e-9
 
 
 @pytest.mark.parametrize("method", SCORERS)

@@ -199,7 +199,10 @@ def test_keys_and_values_of_a_shared_prompt_are_computed_once_and_are_the_same(s
     torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-9, atol=1e-14)
 
 
-def test_compiled_blocks_compute_the_same(sdxl_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("graphs", [["compile=true"], ["compile=unet"]])
+def test_compiled_unets_compute_the_same(
+    sdxl_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, graphs: list[str]
+) -> None:
     """LoRA on and off, with and without gradient, checkpointed: losses and weights as without compiling."""
     from torch._dynamo.utils import counters
 
@@ -207,7 +210,7 @@ def test_compiled_blocks_compute_the_same(sdxl_config: MakeConfig, monkeypatch: 
     common = ["method=dpo", "precision=fp64", "gradient_checkpointing=true", "learning_rate=0.01"]
     counters.clear()
     results = []
-    for extra in ([], ["compile=true"]):
+    for extra in ([], graphs):
         trainer = trainer_of(sdxl_config(*common, *extra))
         lines = [trainer.step(step) for step in range(2)]
         results.append((lines, [parameter.detach().clone() for parameter in trainer.policy.trainable.values()]))
