@@ -1,11 +1,13 @@
 """The kernels against eager torch: timed on a GPU, counted without one; RPO's CPU path against the matrix form.
 
-    python benchmarks/kernels.py [gpu] [counts] [cpu] [rpo] [--sizes 1024 16384] [--repeats 5] [--plot] [--out FOLDER]
+    python benchmarks/kernels.py [gpu|counts|cpu|host|rpo …] [--sizes 1024 16384] [--repeats 5] [--plot] [--out FOLDER]
 
     gpu     ms, GB/s, share of the copy bandwidth of the same run, peak memory: fastpref, eager fp32 and bf16, compiled
     counts  bytes per element, launches and peak memory of the interpreted kernels and of eager torch: counts, not times
     cpu     every op's CPU path beside eager fp32, eager bf16 and compiled bf16, by pytest-benchmark; also writes the
             table of ratios, kernels_cpu.md
+    host    microseconds of a call on tiny tensors, forward and backward: fastpref, the same through torch.library, as
+            under torch.compile, and eager torch; also kernels_host.md
     rpo     rpo_loss on the CPU with M = N, D = 256: median, least and most time, and peak memory beyond the inputs,
             each in its own process, in turn with the matrix form; fails above 64 MB or if slower at the largest size
 
@@ -130,6 +132,22 @@ def cpu_table(rows: list[Row]) -> str:
     return f"{title}\n\n{markdown(['workload', 'shape', *forms, *ratios], lines)}"
 
 
+def host(folder: Path) -> list[Row]:
+    """What a call costs beside the work, and the table in kernels_host.md."""
+    rows: list[Row] = _child("kernels_host.py")
+    forms = list(dict.fromkeys(row["form"] for row in rows))
+    lines = []
+    for name in dict.fromkeys(row["workload"] for row in rows):
+        ms = {row["form"]: row["ms"] for row in rows if row["workload"] == name}
+        lines.append([name, *(f"{1e3 * ms[form]:.0f}" for form in forms), f"{ms[forms[0]] / ms[forms[2]]:.2f}"])
+    title = f"Microseconds of a call, forward and backward, on tiny tensors, one CPU thread, torch {torch.__version__}."
+    table = f"{title}\n\n{markdown(['workload', *forms, 'fastpref / eager'], lines)}"
+    print(table)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / "kernels_host.md", f"{table}\n".encode())
+    return rows
+
+
 def _without_gpu() -> str:
     """What `gpu` would have measured."""
     from kernels_workloads import all_sizes, text
@@ -147,6 +165,8 @@ def measure(what: list[str], sizes: list[int], repeats: int, folder: Path) -> di
         measured["counts"] = _child("kernels_counts.py", interpreted=True)
     if "cpu" in what:
         measured["cpu"] = cpu(folder)
+    if "host" in what:
+        measured["host"] = host(folder)
     if "rpo" in what:
         measured["rpo"] = rpo(sizes, repeats)
     return measured
@@ -154,7 +174,9 @@ def measure(what: list[str], sizes: list[int], repeats: int, folder: Path) -> di
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=[[], "gpu", "counts", "cpu", "rpo"], help="default: see above")
+    parser.add_argument(
+        "what", nargs="*", choices=[[], "gpu", "counts", "cpu", "host", "rpo"], help="default: see above"
+    )
     parser.add_argument("--sizes", nargs="+", type=int, default=[64, 256, 1024, 4096, 16384], help="M = N of rpo")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--plot", action="store_true")

@@ -32,6 +32,7 @@ from ._ddim import (
 )
 from ._ddim_pool_kernels import launch_backward, launch_forward
 from ._dispatch import use_triton
+from ._operator import operator
 from .cpu import ddim_pool as torch_path
 from .keyed_noise import _check_elements, _keyed_noise
 
@@ -47,10 +48,9 @@ def _noise(keys: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return _keyed_noise(keys, list(shape), dtype)
 
 
-@torch.library.custom_op(
-    "fastpref_kernels::ddim_pool_step",
-    mutates_args=(),
-    schema=(
+@operator(
+    "ddim_pool_step",
+    (
         "(Tensor x_t, Tensor eps_cond, Tensor? eps_uncond, Tensor keys, Tensor alphas_cumprod, "
         + STEP_SCHEMA
         + ") -> (Tensor, Tensor)"
@@ -72,10 +72,9 @@ def _(x_t, eps_cond, eps_uncond, keys, alphas_cumprod, *fields):
     return candidates, torch.empty_like(x_t, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(
-    "fastpref_kernels::ddim_pool_step_backward",
-    mutates_args=(),
-    schema=(
+@operator(
+    "ddim_pool_step_backward",
+    (
         "(Tensor grad_candidates, Tensor grad_x0, Tensor alphas_cumprod, "
         + STEP_SCHEMA
         + ", ScalarType x_dtype, ScalarType cond_dtype, ScalarType? uncond_dtype) -> Tensor[]"

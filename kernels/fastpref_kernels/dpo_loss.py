@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ._checks import check_positive, check_rewards
 from ._dispatch import accumulation_dtype, use_triton
+from ._operator import operator
 from ._pairwise_kernels import _dpo_loss_kernel
 from ._pairwise_kernels import log_sigmoid_and_slope as log_sigmoid_and_slope
 from .cpu.dpo_loss import dpo_loss as torch_path
@@ -80,10 +81,9 @@ def launch(
     return loss, effective, accuracy, rewards
 
 
-@torch.library.custom_op(
-    "fastpref_kernels::dpo_loss",
-    mutates_args=(),
-    schema="(Tensor reward_w, Tensor reward_l, float beta, float label_smoothing) -> (Tensor, Tensor, Tensor, Tensor)",
+@operator(
+    "dpo_loss",
+    "(Tensor reward_w, Tensor reward_l, float beta, float label_smoothing) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _dpo_loss(
     reward_w: Tensor, reward_l: Tensor, beta: float, label_smoothing: float

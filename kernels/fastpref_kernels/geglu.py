@@ -18,11 +18,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ._checks import check_floating, check_rows
 from ._dispatch import jit, tl, use_triton
+from ._operator import operator
 from .cpu import geglu as torch_path
 
 _BLOCKS = (128, 1024)  # columns of a program: the first that holds a row, or the last
@@ -110,7 +110,7 @@ def _launch_backward(grad: Tensor, hidden: Tensor) -> Tensor:
     return grad_hidden
 
 
-@torch.library.custom_op("fastpref_kernels::geglu", mutates_args=(), schema="(Tensor hidden) -> Tensor")
+@operator("geglu", "(Tensor hidden) -> Tensor")
 def _geglu(hidden: Tensor) -> Tensor:
     return (_launch_forward if use_triton(hidden) else torch_path.forward)(hidden)
 
@@ -120,9 +120,7 @@ def _(hidden):
     return hidden.new_empty((*hidden.shape[:-1], hidden.shape[-1] // 2))
 
 
-@torch.library.custom_op(
-    "fastpref_kernels::geglu_backward", mutates_args=(), schema="(Tensor grad, Tensor hidden) -> Tensor"
-)
+@operator("geglu_backward", "(Tensor grad, Tensor hidden) -> Tensor")
 def _geglu_backward(grad: Tensor, hidden: Tensor) -> Tensor:
     return (_launch_backward if use_triton(hidden) else torch_path.backward)(grad, hidden)
 

@@ -29,6 +29,7 @@ from . import _group_norm_silu_kernels as kernels
 from ._checks import check_device, check_floating
 from ._dispatch import accumulation_dtype, use_triton
 from ._memory_format import as_dense, empty_dense, is_channels_last, layout
+from ._operator import operator
 from .cpu import group_norm_silu as torch_path
 
 _TILES = {"first": (8, 256), "first_small": (32, 64), "last": (64, 32)}  # (channels, positions) of a tile
@@ -135,10 +136,9 @@ def _launch_backward(
     return grad_input, grad_weight.clone(), grad_bias.clone()  # an output of a custom op may not be a view
 
 
-@torch.library.custom_op(
-    "fastpref_kernels::group_norm_silu",
-    mutates_args=(),
-    schema="(Tensor input, int num_groups, Tensor weight, Tensor bias, float eps, bool keep) "
+@operator(
+    "group_norm_silu",
+    "(Tensor input, int num_groups, Tensor weight, Tensor bias, float eps, bool keep) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _group_norm_silu(
@@ -160,10 +160,9 @@ def _(input, num_groups, weight, bias, eps, keep):
     return out, mean, rstd, empty_dense(input, last) if z_is_kept else input.new_empty(0)
 
 
-@torch.library.custom_op(
-    "fastpref_kernels::group_norm_silu_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor input, int num_groups, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
+@operator(
+    "group_norm_silu_backward",
+    "(Tensor grad, Tensor input, int num_groups, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
     "Tensor z, bool affine) -> (Tensor, Tensor, Tensor)",
 )
 def _group_norm_silu_backward(

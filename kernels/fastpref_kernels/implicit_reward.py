@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ._checks import check_device, check_floating, check_like, check_timesteps
 from ._dispatch import accumulation_dtype, use_triton
+from ._operator import operator
 from ._reward_launch import launch_backward, launch_forward
 from ._targets import Source, Target, source_of, with_device_noise
 from .cpu import implicit_reward as torch_path
@@ -40,10 +41,9 @@ class ImplicitReward(NamedTuple):
     cross: Tensor | None
 
 
-@torch.library.custom_op(
-    "fastpref_kernels::implicit_reward",
-    mutates_args=(),
-    schema=(
+@operator(
+    "implicit_reward",
+    (
         "(Tensor pred, Tensor? target, Tensor? keys, Tensor? timesteps, Tensor? alphas_cumprod, Tensor? ref_pred,"
         " Tensor? ref_error, bool cross) -> (Tensor, Tensor, Tensor)"
     ),
@@ -73,10 +73,9 @@ def _(pred, target, keys, timesteps, alphas_cumprod, ref_pred, ref_error, cross)
     return tuple(pred.new_empty(size, dtype=accumulation_dtype(pred.dtype)) for size in sizes)
 
 
-@torch.library.custom_op(
-    "fastpref_kernels::implicit_reward_backward",
-    mutates_args=(),
-    schema=(
+@operator(
+    "implicit_reward_backward",
+    (
         "(Tensor grad, Tensor? factor, Tensor pred, Tensor? target, Tensor? keys, Tensor? timesteps,"
         " Tensor? alphas_cumprod) -> Tensor"
     ),

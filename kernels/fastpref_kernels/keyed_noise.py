@@ -26,6 +26,7 @@ from torch import Tensor
 from ._checks import check_device, check_floating, check_timesteps
 from ._dispatch import jit, tl, use_triton
 from ._keys import check_keys
+from ._operator import operator
 from ._philox import _normals
 from ._strides import address, layout_of
 from .cpu import keyed_noise as torch_path
@@ -116,9 +117,7 @@ def _launch_add(x0: Tensor, keys: Tensor, timesteps: Tensor, alphas_cumprod: Ten
     return out
 
 
-@torch.library.custom_op(
-    "fastpref_kernels::keyed_noise", mutates_args=(), schema="(Tensor keys, SymInt[] shape, ScalarType dtype) -> Tensor"
-)
+@operator("keyed_noise", "(Tensor keys, SymInt[] shape, ScalarType dtype) -> Tensor")
 def _keyed_noise(keys: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return (_launch_noise if use_triton(keys) else torch_path.keyed_noise)(keys, shape, dtype)
 
@@ -128,10 +127,9 @@ def _(keys, shape, dtype):
     return keys.new_empty((keys.shape[0], *shape), dtype=dtype)
 
 
-@torch.library.custom_op(
-    "fastpref_kernels::add_keyed_noise",
-    mutates_args=(),
-    schema="(Tensor x0, Tensor keys, Tensor timesteps, Tensor alphas_cumprod) -> Tensor",
+@operator(
+    "add_keyed_noise",
+    "(Tensor x0, Tensor keys, Tensor timesteps, Tensor alphas_cumprod) -> Tensor",
 )
 def _add_keyed_noise(x0: Tensor, keys: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
     check_timesteps("add_keyed_noise", timesteps, alphas_cumprod)
@@ -148,10 +146,9 @@ def _(x0, keys, timesteps, alphas_cumprod):
     return torch.empty_like(x0, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(
-    "fastpref_kernels::add_keyed_noise_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor keys, Tensor timesteps, Tensor alphas_cumprod) -> Tensor",
+@operator(
+    "add_keyed_noise_backward",
+    "(Tensor grad, Tensor keys, Tensor timesteps, Tensor alphas_cumprod) -> Tensor",
 )
 def _add_keyed_noise_backward(grad: Tensor, keys: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
     if use_triton(grad):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ._checks import check_device, check_floating, check_rows
 from ._dispatch import jit, tl, use_triton
+from ._operator import operator
 from .cpu import lora_linear as torch_path
 
 _TILES = {  # BLOCK_M, BLOCK_N, BLOCK_K, warps
@@ -117,10 +118,9 @@ def _product(x: Tensor) -> Any:
     return matmul if use_triton(x) and x.dtype != torch.float32 else torch_path.matmul
 
 
-@torch.library.custom_op(
-    "fastpref_kernels::lora_linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale) -> (Tensor, Tensor)",
+@operator(
+    "lora_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale) -> (Tensor, Tensor)",
 )
 def _lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
@@ -135,10 +135,9 @@ def _(x, weight, bias, lora_a, lora_b, scale):
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((rows, lora_a.shape[0]))
 
 
-@torch.library.custom_op(
-    "fastpref_kernels::lora_linear_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor t, float scale, bool needs_x, "
+@operator(
+    "lora_linear_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor t, float scale, bool needs_x, "
     "bool needs_lora) -> (Tensor, Tensor, Tensor)",
 )
 def _lora_linear_backward(

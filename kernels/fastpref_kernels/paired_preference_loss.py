@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ._checks import check_contrasts, check_positive, check_timesteps
 from ._dispatch import accumulation_dtype, use_triton
+from ._operator import operator
 from ._paired_kernels import launch
 from ._targets import Source, Target, source_of, with_device_noise
 from .cpu import paired_preference_loss as torch_path
@@ -40,10 +40,9 @@ class PairedPreferenceLoss(NamedTuple):
     reward: Tensor
 
 
-@torch.library.custom_op(
-    "fastpref_kernels::paired_preference_loss",
-    mutates_args=(),
-    schema=(
+@operator(
+    "paired_preference_loss",
+    (
         "(Tensor pred, Tensor? target, Tensor? keys, Tensor? timesteps, Tensor? alphas_cumprod, Tensor? ref_pred,"
         " Tensor? ref_error, Tensor? emb_w, Tensor? emb_l, float beta, float label_smoothing, float temperature,"
         " str weight, int groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ._checks import check_contrasts, check_positive
 from ._dispatch import accumulation_dtype, use_triton
+from ._operator import operator
 from ._rpo_kernels import _inverse_norm_kernel, _rpo_column_kernel, _rpo_row_kernel
 from .cpu.rpo_loss import rpo_loss as torch_path
 from .dpo_loss import PairwiseLoss, Rewards, chunk_block
@@ -128,10 +129,9 @@ def _accuracy(reward_w: Tensor, reward_l: Tensor) -> Tensor:
     return torch.where(reward_w.isnan(), 0, below).to(reward_w.dtype).mean() / reward_l.shape[0]
 
 
-@torch.library.custom_op(
-    "fastpref_kernels::rpo_loss",
-    mutates_args=(),
-    schema=(
+@operator(
+    "rpo_loss",
+    (
         "(Tensor reward_w, Tensor reward_l, Tensor? emb_w, Tensor? emb_l, float beta, float temperature, str weight,"
         " int groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),

@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ._checks import check_like, check_positive
@@ -37,6 +36,7 @@ from ._ddim import (
     make_step,
 )
 from ._dispatch import accumulation_dtype, use_triton
+from ._operator import operator
 from ._transition_launch import launch_backward, launch_forward
 from .cpu import transition_loss as torch_path
 
@@ -57,10 +57,9 @@ class TransitionLoss(NamedTuple):
     accuracy: Tensor
 
 
-@torch.library.custom_op(
-    "fastpref_kernels::transition_loss",
-    mutates_args=(),
-    schema=(
+@operator(
+    "transition_loss",
+    (
         "(Tensor eps_cond, Tensor? eps_uncond, Tensor ref_eps_cond, Tensor? ref_eps_uncond, Tensor x_t, Tensor x_w,"
         f" Tensor x_l, Tensor alphas_cumprod, {STEP_SCHEMA}, float beta, float low, float high)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -82,10 +81,9 @@ def _(*inputs):
     return tuple(eps_cond.new_empty(shape, dtype=accumulation_dtype(eps_cond.dtype)) for shape in shapes)
 
 
-@torch.library.custom_op(
-    "fastpref_kernels::transition_loss_backward",
-    mutates_args=(),
-    schema=(
+@operator(
+    "transition_loss_backward",
+    (
         "(Tensor grad, Tensor slopes, Tensor eps_cond, Tensor? eps_uncond, Tensor x_t, Tensor x_w, Tensor x_l,"
         f" Tensor alphas_cumprod, {STEP_SCHEMA}) -> Tensor[]"
     ),

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -15,13 +15,50 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MILLISECONDS = {"fastpref fp32": 2.0, "eager fp32": 4.0, "fastpref bf16": 3.0, "eager bf16": 2.0}
 
 
-def test_table_and_rows_in_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, which has the name of a package."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location("benchmarks_kernels", BENCHMARKS / "kernels.py")
     assert spec is not None and spec.loader is not None
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
+
+def test_host_times_become_microseconds(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ms = {"fastpref": 0.09, "fastpref, torch.library": 0.22, "eager": 0.06}
+    rows = [
+        {"kind": "host", "workload": "geglu", "shape": "2x8", "form": form, "ms": value} for form, value in ms.items()
+    ]
+    monkeypatch.setattr(bench, "_child", lambda script: rows if script == "kernels_host.py" else [])
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "host", "--out", str(tmp_path / "new")])
+    assert bench.main() == 0
+    said = (tmp_path / "new" / "kernels_host.md").read_text()
+    assert "| geglu | 90 | 220 | 60 | 1.50 |" in said and said in capsys.readouterr().out
+
+
+def test_the_two_forms_that_are_timed_are_the_two_forms_of_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One comes by torch.library, the other does not, and the switch is back afterwards."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import kernels_host
+
+    from fastpref_kernels import _operator
+
+    op, seen = _operator.OPERATORS["geglu"], []
+    registered = op.registered
+    monkeypatch.setattr(op, "registered", lambda *x: (seen.append(len(x)), registered(*x))[1])
+    monkeypatch.setattr(kernels_host, "ROUNDS", 2)
+    found = kernels_host.times("geglu")
+    assert list(found) == list(kernels_host.FORMS) and all(len(x) == 2 and min(x) > 0 for x in found.values())
+    assert len(seen) == (2 + kernels_host.WARM_UP) * kernels_host.CALLS
+
+
+def test_table_and_rows_in_a_folder_that_is_not_there_yet(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def timed(command: list[str], **_: object) -> None:
         entries = [
             {

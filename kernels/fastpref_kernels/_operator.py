@@ -1,0 +1,81 @@
+"""An op in two forms: registered with torch.library for whatever traces it, and called as it is by eager code.
+
+torch.library's way to a function in Python costs tens of microseconds of host time a call, which a UNet with hundreds
+of LoRA layers feels; `benchmarks/kernels.py host` measures both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OPERATORS: dict[str, Operator] = {}
+
+
+class Operator:
+    """A function on tensors with a schema, made by :func:`operator`; arguments are given by position."""
+
+    def __init__(self, name: str, schema: str, plain: Callable[..., Any]) -> None:
+        self.name, self.plain = name, plain
+        self.registered = torch.library.custom_op(f"fastpref_kernels::{name}", plain, mutates_args=(), schema=schema)
+        self._function: type[torch.autograd.Function] | None = None
+        OPERATORS[name] = self
+
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """What the op returns for fake tensors."""
+        self.registered.register_fake(fake)
+        return fake
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+        """Give the op its gradient, of the first order only."""
+        self.registered.register_autograd(backward, setup_context=setup_context)
+        self._function = _function(self.name, self.plain, backward, setup_context)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if _is_traced(arguments):
+            return self.registered(*arguments)
+        if not torch.autograd._profiler_enabled():
+            return self._call(arguments)
+        with torch.profiler.record_function(f"fastpref_kernels::{self.name}"):
+            return self._call(arguments)
+
+    def _call(self, arguments: tuple[Any, ...]) -> Any:
+        if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            return self.plain(*arguments)
+        # an op without a gradient says so when somebody asks for it
+        return (self.registered if self._function is None else self._function.apply)(*arguments)
+
+
+def _function(
+    name: str, plain: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> type[torch.autograd.Function]:
+    """The op for autograd. A setup_context of its own would make torch look up the signature at every call."""
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = plain(*inputs)
+        setup_context(ctx, inputs, output)
+        return output if isinstance(output, Tensor) else tuple(output)
+
+    return type(
+        f"fastpref_{name}",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+    )
+
+
+def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Make a function the op ``fastpref_kernels::name``."""
+    return lambda plain: Operator(name, schema, plain)
+
+
+def _is_traced(arguments: tuple[Any, ...]) -> bool:
+    """Whether somebody has to see one op and not what it does: a compiler, a mode, a transform, a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or any(isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter) for x in arguments)
+    )
