@@ -25,8 +25,8 @@ ABOUT_PUBLIC = (
     "timed from its progress line after two of warm-up. It draws its own noise, so its losses are not compared."
 )
 ABOUT_EAGER = (
-    "A whole step with compile=true over bare passes that are not compiled, by turns in one process: above 1 it is "
-    "faster than any eager step could be."
+    "A whole compiled step (compile=true; one graph: compile=unet) beside bare passes that are not compiled, by turns "
+    "in one process: above 1 it is faster than any eager step could be."
 )
 
 
@@ -59,12 +59,16 @@ def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[st
     """(model, method) → rows, models as worlds.py lists them; their name says what else tells two groups apart."""
     several = len({row["torch"] for row in rows}) > 1
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    order = list(MODELS)
-    for row in sorted(rows, key=lambda row: (row["torch"], str(row["compile"]), order.index(row["model"]))):
+    for row in sorted(rows, key=_place):
         model, method, compiled, version = key_of(row)
         name = f"{model}{COMPILED[compiled]}{f', torch {version}' if several else ''}"
         found.setdefault((name, method), []).append(row)
     return found
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    methods = ("sft", "dpo", "rpo")
+    return row["torch"], str(row["compile"]), list(MODELS).index(row["model"]), methods.index(row["method"])
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
