@@ -1,4 +1,4 @@
-"""The step itself: nothing in it waits for the device, batches come ahead of it, its profile, compiled blocks."""
+"""The step itself: nothing in it waits for the device, batches come ahead of it, its profile."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from read_backs import ReadBacks
 
 from fastpref.config import Config
 from fastpref.errors import UserError
-from fastpref.models import compiled
 from fastpref.train import loader
 from fastpref.train.job import TrainJob
 from fastpref.train.offline import OfflineTrainer
@@ -197,26 +196,3 @@ def test_keys_and_values_of_a_shared_prompt_are_computed_once_and_are_the_same(s
     assert found[0][0] == [16, 8, 16, 8] and found[1][0] == [16, 16, 16, 16]
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-12)
     torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-9, atol=1e-14)
-
-
-@pytest.mark.parametrize("graphs", [["compile=true"], ["compile=unet"]])
-def test_compiled_unets_compute_the_same(
-    sdxl_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, graphs: list[str]
-) -> None:
-    """LoRA on and off, with and without gradient, checkpointed: losses and weights as without compiling."""
-    from torch._dynamo.utils import counters
-
-    monkeypatch.setitem(compiled.OPTIONS, "backend", "aot_eager")
-    common = ["method=dpo", "precision=fp64", "gradient_checkpointing=true", "learning_rate=0.01"]
-    counters.clear()
-    results = []
-    for extra in ([], graphs):
-        trainer = trainer_of(sdxl_config(*common, *extra))
-        lines = [trainer.step(step) for step in range(2)]
-        results.append((lines, [parameter.detach().clone() for parameter in trainer.policy.trainable.values()]))
-        assert bool(counters["stats"]) == bool(extra)
-    for line, expected in zip(results[1][0], results[0][0], strict=True):
-        assert line == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    for weight, expected in zip(results[1][1], results[0][1], strict=True):
-        torch.testing.assert_close(weight, expected, rtol=1e-7, atol=1e-10)
-    torch._dynamo.reset()
