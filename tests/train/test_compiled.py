@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastpref.config import Config, load_config
 from fastpref.models import compiled
@@ -78,3 +81,10 @@ def test_a_rollout_and_its_steps(
         results.append((lines, [parameter.detach().clone() for parameter in trainer.policy.trainable.values()]))
     assert all(line["pairs_kept"] > 0 for line in results[0][0])
     _assert_same(*results)
+
+
+def test_the_wait_is_explained(sdxl_config: Callable[..., Config], tmp_path: Path) -> None:
+    screen = StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    TrainJob.open(sdxl_config("method=sft", "compile=true", "steps=1"), console).run(tmp_path)
+    assert "0/1 compiling, which takes minutes" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
