@@ -106,11 +106,15 @@ def cpu(folder: Path) -> list[Row]:
         }
         for entry in found
     ]
-    table = cpu_table(rows)
-    print(table)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / "kernels_cpu.md", f"{table}\n".encode())
+    _publish(cpu_table(rows), folder / "kernels_cpu.md")
     return rows
+
+
+def _publish(table: str, file: Path) -> None:
+    """Show a table and write it, into a folder that may not be there yet."""
+    print(table)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(file, f"{table}\n".encode())
 
 
 def cpu_table(rows: list[Row]) -> str:
@@ -141,10 +145,7 @@ def host(folder: Path) -> list[Row]:
         ms = {row["form"]: row["ms"] for row in rows if row["workload"] == name}
         lines.append([name, *(f"{1e3 * ms[form]:.0f}" for form in forms), f"{ms[forms[0]] / ms[forms[2]]:.2f}"])
     title = f"Microseconds of a call, forward and backward, on tiny tensors, one CPU thread, torch {torch.__version__}."
-    table = f"{title}\n\n{markdown(['workload', *forms, 'fastpref / eager'], lines)}"
-    print(table)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / "kernels_host.md", f"{table}\n".encode())
+    _publish(f"{title}\n\n{markdown(['workload', *forms, 'fastpref / eager'], lines)}", folder / "kernels_host.md")
     return rows
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from bars import Panel, draw
 from common import RESULTS, ROOT, markdown, provenance, publish, read_csv
-from worlds import COMPILED, MODELS, add_compile, open_world, trainer_of
+from worlds import COMPILED, MODELS, add_compile, open_world, place, trainer_of
 
 from fastpref.errors import UserError
 from fastpref.train.batch import PairBatch
@@ -112,8 +112,7 @@ def ratios(rows: Sequence[dict[str, Any]], arm: str) -> list[float]:
 def by_setting(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Rows of each model, as worlds.py lists them, compiled and eager apart."""
     found: dict[str, list[dict[str, Any]]] = {}
-    order = list(MODELS)
-    for row in sorted(rows, key=lambda row: (str(row["compile"]), order.index(row["model"]))):
+    for row in sorted(rows, key=place):
         found.setdefault(row["model"] + COMPILED[str(row["compile"])], []).append(row)
     return found
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from bars import Panel, draw
 from common import markdown
-from worlds import COMPILED, MODELS
+from worlds import COMPILED, place
 
 SHARE = 0.9  # of the ceiling
+METHODS = ("sft", "dpo", "rpo")
 SIDES, PUBLIC = ("ours", "ours, ledger"), "public script"
 FULL_SIZE = (
     "full: the UNet, VAE and text encoders have SDXL's public shapes and random bf16 weights; the VAE runs in "
@@ -67,8 +68,7 @@ def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[st
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
-    methods = ("sft", "dpo", "rpo")
-    return row["torch"], str(row["compile"]), list(MODELS).index(row["model"]), methods.index(row["method"])
+    return row["torch"], *place(row), METHODS.index(row["method"])
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:

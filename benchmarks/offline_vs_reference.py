@@ -11,7 +11,7 @@ bare passes that are not compiled take turns too: the eager ceiling, which compi
 each side's own, in a process of its own. --reference-repo also launches a checkout of diffusers (or, on a GPU, of
 DiffusionDPO) as it is on the same model and parquet file, once in every repeat of dpo, behind the others' turns and
 with as many threads, under --python: by default the interpreter that ours runs under, so that both have one torch.
-``--model full`` is 3 repeats of 1 step, dpo (20 minutes) and rpo (40 more); losses agree to the rounding of bf16.
+``--model full`` is 3 repeats of 1 step, dpo (20 minutes) and rpo (longer); losses agree to the rounding of bf16.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 from common import RESULTS, ROOT, provenance, publish, read_csv
 from limit import Bare, seconds
 from literal_offline import LiteralOffline
-from offline_report import eager_of, key_of, plot, report
+from offline_report import METHODS, eager_of, key_of, plot, report
 from reference_repo import find_script, run_script
 from worlds import MODELS, add_compile, config_of, open_world, trainer_of
 
@@ -43,7 +43,6 @@ from fastpref.train.figures import MAX_LOGIT_NOISE
 from fastpref.train.offline import OfflineTrainer
 
 OUT = RESULTS / "offline_vs_reference.csv"
-METHODS = ("sft", "dpo", "rpo")
 LOSS_TOLERANCE, BF16_TOLERANCE = 1e-5, MAX_LOGIT_NOISE  # the logit's rounding moves a loss by no more than itself
 # Methods, repeats, steps of a repeat and overrides; RPO needs a second pair to contrast with.
 FULL_SIZE = {"methods": ("dpo", "rpo"), "repeats": 3, "steps": 1}

@@ -45,6 +45,11 @@ TEXT_SHAPES = (
 )
 
 
+def place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Where a measured row stands in a table: eager first, models as :data:`MODELS` lists them."""
+    return str(row["compile"]), list(MODELS).index(row["model"])
+
+
 def add_compile(parser: argparse.ArgumentParser, help: str) -> None:
     """``--compile [blocks|unet]``, stored as a key of :data:`COMPILED`."""
     parser.set_defaults(compile="False")

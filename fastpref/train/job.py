@@ -135,7 +135,7 @@ class TrainJob:
                 tell(advance=1)
 
         with bar, StopRequest() as stop, closing(trainer), writer:
-            wait = "compiling, which takes minutes" if config.compile else ""
+            wait = "compiling, which takes a while" if config.compile else ""
             task = bar.add_task(f"train {config.method}", total=config.steps, completed=start, note=wait)
             alone = self.world.size == 1  # ranks stop together, between two steps
             watch = Watch(lambda note: bar.update(task, note=note), lambda: alone and stop.signal is not None)

@@ -19,8 +19,8 @@ class Operator:
     """A function on tensors with a schema, made by :func:`operator`; arguments are given by position."""
 
     def __init__(self, name: str, schema: str, plain: Callable[..., Any]) -> None:
-        self.name, self.plain = name, plain
-        self.registered = torch.library.custom_op(f"fastpref_kernels::{name}", plain, mutates_args=(), schema=schema)
+        self.label, self.plain = f"fastpref_kernels::{name}", plain
+        self.registered = torch.library.custom_op(self.label, plain, mutates_args=(), schema=schema)
         self._function: type[torch.autograd.Function] | None = None
         OPERATORS[name] = self
 
@@ -32,25 +32,24 @@ class Operator:
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
         """Give the op its gradient, of the first order only."""
         self.registered.register_autograd(backward, setup_context=setup_context)
-        self._function = _function(self.name, self.plain, backward, setup_context)
+        self._function = _function(self.label, self.plain, backward, setup_context)
 
     def __call__(self, *arguments: Any) -> Any:
-        if _is_traced(arguments):
-            return self.registered(*arguments)
-        if not torch.autograd._profiler_enabled():
-            return self._call(arguments)
-        with torch.profiler.record_function(f"fastpref_kernels::{self.name}"):
-            return self._call(arguments)
+        return self._form(arguments)(*arguments)
 
-    def _call(self, arguments: tuple[Any, ...]) -> Any:
-        if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-            return self.plain(*arguments)
-        # an op without a gradient says so when somebody asks for it
-        return (self.registered if self._function is None else self._function.apply)(*arguments)
+    def _form(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        if _is_traced(tensors):
+            return self.registered
+        form = self.plain
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            # an op without a gradient says so when somebody asks for it
+            form = self.registered if self._function is None else self._function.apply
+        return torch.profiler.record_function(self.label)(form) if torch.autograd._profiler_enabled() else form
 
 
 def _function(
-    name: str, plain: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
+    label: str, plain: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> type[torch.autograd.Function]:
     """The op for autograd. A setup_context of its own would make torch look up the signature at every call."""
 
@@ -60,7 +59,7 @@ def _function(
         return output if isinstance(output, Tensor) else tuple(output)
 
     return type(
-        f"fastpref_{name}",
+        label.replace("::", "_"),
         (torch.autograd.Function,),
         {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
@@ -71,11 +70,11 @@ def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Operator]
     return lambda plain: Operator(name, schema, plain)
 
 
-def _is_traced(arguments: tuple[Any, ...]) -> bool:
+def _is_traced(tensors: list[Tensor]) -> bool:
     """Whether somebody has to see one op and not what it does: a compiler, a mode, a transform, a tensor subclass."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or any(isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter) for x in arguments)
+        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
     )

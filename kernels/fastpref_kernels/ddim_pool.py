@@ -50,11 +50,9 @@ def _noise(keys: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 @operator(
     "ddim_pool_step",
-    (
-        "(Tensor x_t, Tensor eps_cond, Tensor? eps_uncond, Tensor keys, Tensor alphas_cumprod, "
-        + STEP_SCHEMA
-        + ") -> (Tensor, Tensor)"
-    ),
+    "(Tensor x_t, Tensor eps_cond, Tensor? eps_uncond, Tensor keys, Tensor alphas_cumprod, "
+    + STEP_SCHEMA
+    + ") -> (Tensor, Tensor)",
 )
 def _ddim_pool_step(
     x_t: Tensor, eps_cond: Tensor, eps_uncond: Tensor | None, keys: Tensor, alphas_cumprod: Tensor, *fields: Any
@@ -74,11 +72,9 @@ def _(x_t, eps_cond, eps_uncond, keys, alphas_cumprod, *fields):
 
 @operator(
     "ddim_pool_step_backward",
-    (
-        "(Tensor grad_candidates, Tensor grad_x0, Tensor alphas_cumprod, "
-        + STEP_SCHEMA
-        + ", ScalarType x_dtype, ScalarType cond_dtype, ScalarType? uncond_dtype) -> Tensor[]"
-    ),
+    "(Tensor grad_candidates, Tensor grad_x0, Tensor alphas_cumprod, "
+    + STEP_SCHEMA
+    + ", ScalarType x_dtype, ScalarType cond_dtype, ScalarType? uncond_dtype) -> Tensor[]",
 )
 def _ddim_pool_step_backward(
     grad_candidates: Tensor, grad_x0: Tensor, alphas_cumprod: Tensor, *rest: Any

@@ -43,10 +43,8 @@ class ImplicitReward(NamedTuple):
 
 @operator(
     "implicit_reward",
-    (
-        "(Tensor pred, Tensor? target, Tensor? keys, Tensor? timesteps, Tensor? alphas_cumprod, Tensor? ref_pred,"
-        " Tensor? ref_error, bool cross) -> (Tensor, Tensor, Tensor)"
-    ),
+    "(Tensor pred, Tensor? target, Tensor? keys, Tensor? timesteps, Tensor? alphas_cumprod, Tensor? ref_pred,"
+    " Tensor? ref_error, bool cross) -> (Tensor, Tensor, Tensor)",
 )
 def _implicit_reward(
     pred: Tensor,
@@ -75,10 +73,8 @@ def _(pred, target, keys, timesteps, alphas_cumprod, ref_pred, ref_error, cross)
 
 @operator(
     "implicit_reward_backward",
-    (
-        "(Tensor grad, Tensor? factor, Tensor pred, Tensor? target, Tensor? keys, Tensor? timesteps,"
-        " Tensor? alphas_cumprod) -> Tensor"
-    ),
+    "(Tensor grad, Tensor? factor, Tensor pred, Tensor? target, Tensor? keys, Tensor? timesteps,"
+    " Tensor? alphas_cumprod) -> Tensor",
 )
 def implicit_reward_backward(
     grad: Tensor,

@@ -42,11 +42,9 @@ class PairedPreferenceLoss(NamedTuple):
 
 @operator(
     "paired_preference_loss",
-    (
-        "(Tensor pred, Tensor? target, Tensor? keys, Tensor? timesteps, Tensor? alphas_cumprod, Tensor? ref_pred,"
-        " Tensor? ref_error, Tensor? emb_w, Tensor? emb_l, float beta, float label_smoothing, float temperature,"
-        " str weight, int groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
+    "(Tensor pred, Tensor? target, Tensor? keys, Tensor? timesteps, Tensor? alphas_cumprod, Tensor? ref_pred,"
+    " Tensor? ref_error, Tensor? emb_w, Tensor? emb_l, float beta, float label_smoothing, float temperature,"
+    " str weight, int groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _paired_preference_loss(
     pred: Tensor,

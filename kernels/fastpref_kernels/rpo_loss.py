@@ -131,10 +131,8 @@ def _accuracy(reward_w: Tensor, reward_l: Tensor) -> Tensor:
 
 @operator(
     "rpo_loss",
-    (
-        "(Tensor reward_w, Tensor reward_l, Tensor? emb_w, Tensor? emb_l, float beta, float temperature, str weight,"
-        " int groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
+    "(Tensor reward_w, Tensor reward_l, Tensor? emb_w, Tensor? emb_l, float beta, float temperature, str weight,"
+    " int groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _rpo_loss(
     reward_w: Tensor,

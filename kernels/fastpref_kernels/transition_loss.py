@@ -59,11 +59,9 @@ class TransitionLoss(NamedTuple):
 
 @operator(
     "transition_loss",
-    (
-        "(Tensor eps_cond, Tensor? eps_uncond, Tensor ref_eps_cond, Tensor? ref_eps_uncond, Tensor x_t, Tensor x_w,"
-        f" Tensor x_l, Tensor alphas_cumprod, {STEP_SCHEMA}, float beta, float low, float high)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
+    "(Tensor eps_cond, Tensor? eps_uncond, Tensor ref_eps_cond, Tensor? ref_eps_uncond, Tensor x_t, Tensor x_w,"
+    f" Tensor x_l, Tensor alphas_cumprod, {STEP_SCHEMA}, float beta, float low, float high)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _transition_loss(*inputs: Any) -> tuple[Tensor, ...]:
     """(loss, ratio_w, ratio_l, clipped, accuracy, derivatives of the loss by the log-ratios (2, B))."""
@@ -83,10 +81,8 @@ def _(*inputs):
 
 @operator(
     "transition_loss_backward",
-    (
-        "(Tensor grad, Tensor slopes, Tensor eps_cond, Tensor? eps_uncond, Tensor x_t, Tensor x_w, Tensor x_l,"
-        f" Tensor alphas_cumprod, {STEP_SCHEMA}) -> Tensor[]"
-    ),
+    "(Tensor grad, Tensor slopes, Tensor eps_cond, Tensor? eps_uncond, Tensor x_t, Tensor x_w, Tensor x_l,"
+    f" Tensor alphas_cumprod, {STEP_SCHEMA}) -> Tensor[]",
 )
 def _transition_loss_backward(*inputs: Any) -> list[Tensor]:
     """Gradients of eps_cond and, unless it is None, eps_uncond, in their memory order."""

@@ -39,7 +39,7 @@ def test_both_forms_agree_bit_for_bit(path: str, name: str, monkeypatch: pytest.
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype and one.stride() == other.stride()
-        assert torch.equal(one, other) or bool((one.isnan() == other.isnan()).all())
+        torch.testing.assert_close(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def test_whatever_traces_sees_one_op(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,9 +53,9 @@ def test_whatever_traces_sees_one_op(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(hidden)
     assert op(fake).shape == (3, 4)
+    assert len(seen) == 2
     assert torch.compile(op, backend="eager", fullgraph=True)(hidden).shape == (3, 4)
     torch._dynamo.reset()
-    assert len(seen) >= 2
 
 
 def test_a_profiler_shows_the_op_by_its_name() -> None:

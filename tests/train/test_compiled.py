@@ -87,4 +87,4 @@ def test_the_wait_is_explained(sdxl_config: Callable[..., Config], tmp_path: Pat
     screen = StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
     TrainJob.open(sdxl_config("method=sft", "compile=true", "steps=1"), console).run(tmp_path)
-    assert "0/1 compiling, which takes minutes" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    assert "0/1 compiling, which takes a while" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())

@@ -22,7 +22,7 @@ def matmul(x: Tensor, weight: Tensor, low: Tensor, up: Tensor, bias: Tensor | No
 
 
 def _as_given(x: Tensor) -> AbstractContextManager[Any]:
-    """Inside, autocast changes no dtype; to switch off what is off takes 10 µs."""
+    """Inside, autocast changes no dtype; where it is off, switching it off would only take time."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
