@@ -18,6 +18,12 @@ def log_sigmoid_and_slope(u):
 
 
 @jit
+def won(w, l):  # noqa: E741
+    """1 where w > l, a half where they are equal, else 0, as with NaN."""
+    return tl.where(w > l, 1.0, tl.where(w == l, 0.5, 0.0))
+
+
+@jit
 def rewards_of(reward, row, BLOCK: tl.constexpr, BLOCK_CHUNKS: tl.constexpr):
     """Rewards of some rows: sum over chunks of value[row, chunk] * scale; every row is valid.
 
@@ -69,7 +75,7 @@ def _dpo_loss_kernel(
         term = -(1.0 - label_smoothing) * kept - label_smoothing * flipped
         slope = (label_smoothing * flipped_slope - (1.0 - label_smoothing) * kept_slope) * scale
         loss += tl.where(mask, term, 0.0)
-        hits += tl.where(mask & (w > l), 1.0, 0.0)
+        hits += tl.where(mask, won(w, l), 0.0)
         tl.store(reward_ptr + i, w, mask=mask)
         tl.store(reward_ptr + n_pairs + i, l, mask=mask)
         tl.store(grad_w_ptr + i, slope, mask=mask)

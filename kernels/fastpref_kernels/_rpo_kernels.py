@@ -8,7 +8,7 @@ winners with the softmax that the row programs found.
 from __future__ import annotations
 
 from ._dispatch import jit, tl
-from ._pairwise_kernels import log_sigmoid_and_slope, rewards_of
+from ._pairwise_kernels import log_sigmoid_and_slope, rewards_of, won
 
 
 @jit
@@ -110,7 +110,7 @@ def _rpo_row_kernel(
 ):
     """A block of winners of one group: their rewards, dL/dreward_w, and the planes of state (5, M): softmax maximum
     and sum, row sum of the loss, exp(entropy), wins. PAIRS: a win is over the loser of the same row, else a share of
-    all. INSIDE needs the softmax before the loss and walks the losers twice."""
+    all; a tie is half a win. INSIDE needs the softmax before the loss and walks the losers twice."""
     group = tl.program_id(0)
     local_i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask_i = local_i < rows
@@ -129,7 +129,7 @@ def _rpo_row_kernel(
     wins = tl.zeros((BLOCK,), tl.float32)
     if PAIRS:
         own = rewards_of(reward_l, i, BLOCK, BLOCK_CHUNKS)
-        tl.store(state_ptr + 4 * tl.cast(n_winners, tl.int64) + i, tl.where(w > own, 1.0, 0.0), mask=mask_i)
+        tl.store(state_ptr + 4 * tl.cast(n_winners, tl.int64) + i, won(w, own), mask=mask_i)
     if INSIDE:
         for start in range(0, columns, BLOCK):
             local_j = start + tl.arange(0, BLOCK)
@@ -142,7 +142,7 @@ def _rpo_row_kernel(
         l = rewards_of(reward_l, j, BLOCK, BLOCK_CHUNKS)  # noqa: E741
         difference = w[:, None] - l[None, :]
         if not PAIRS:
-            wins += tl.sum(tl.where(mask_j[None, :] & (difference > 0.0), 1.0 / columns, 0.0), axis=1)
+            wins += tl.sum(tl.where(mask_j[None, :], won(w[:, None], l[None, :]) / columns, 0.0), axis=1)
         u = difference * (0.5 * beta)
         if INSIDE:
             z = _similarity(emb, i, j, mask_j, BLOCK, BLOCK_D)

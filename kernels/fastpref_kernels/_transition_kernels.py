@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ._ddim import load_fp32, step_coefficients, transpose
 from ._dispatch import jit, tl
-from ._pairwise_kernels import log_sigmoid_and_slope
+from ._pairwise_kernels import log_sigmoid_and_slope, won
 
 
 @jit
@@ -132,7 +132,7 @@ def _transition_pair_kernel(
         tl.store(ratio_l_ptr + pair, tl.exp(d_l), mask=mask)
         loss -= tl.where(mask, log_sigmoid, 0.0)
         clipped += tl.where(mask, out_w.to(tl.float32) + out_l.to(tl.float32), 0.0)
-        correct += tl.where(mask & (d_w > d_l), 1.0, 0.0)
+        correct += tl.where(mask, won(d_w, d_l), 0.0)
     tl.store(loss_ptr, tl.sum(loss, axis=0) * per_pair)
     tl.store(clipped_ptr, tl.sum(clipped, axis=0) * (0.5 * per_pair))
     tl.store(accuracy_ptr, tl.sum(correct, axis=0) * per_pair)

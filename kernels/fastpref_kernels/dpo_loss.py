@@ -22,6 +22,7 @@ from ._operator import operator
 from ._pairwise_kernels import _dpo_loss_kernel
 from ._pairwise_kernels import log_sigmoid_and_slope as log_sigmoid_and_slope
 from .cpu.dpo_loss import dpo_loss as torch_path
+from .cpu.dpo_loss import share_won
 
 
 class Rewards(NamedTuple):
@@ -45,7 +46,7 @@ class PairwiseLoss(NamedTuple):
 
     loss: the only one that back-propagates, to the rewards.
     effective_contrasts: mean over rows of exp(entropy of the row's weights).
-    accuracy: share of pairs with reward_w > reward_l.
+    accuracy: share of pairs with reward_w > reward_l; a tie counts a half.
     """
 
     loss: Tensor
@@ -96,7 +97,7 @@ def _dpo_loss(
         return loss, accuracy, *grads
     losses, slope = torch_path(reward_w, reward_l, beta, label_smoothing)
     slope = slope / losses.shape[0]
-    return losses.mean(), (reward_w > reward_l).to(losses.dtype).mean(), slope, -slope
+    return losses.mean(), share_won(reward_w, reward_l), slope, -slope
 
 
 @_dpo_loss.register_fake

@@ -27,6 +27,7 @@ from ._checks import check_contrasts, check_positive
 from ._dispatch import accumulation_dtype, use_triton
 from ._operator import operator
 from ._rpo_kernels import _inverse_norm_kernel, _rpo_column_kernel, _rpo_row_kernel
+from .cpu.dpo_loss import share_won
 from .cpu.rpo_loss import rpo_loss as torch_path
 from .dpo_loss import PairwiseLoss, Rewards, chunk_block
 
@@ -122,11 +123,13 @@ def launch(
 
 
 def _accuracy(reward_w: Tensor, reward_l: Tensor) -> Tensor:
-    """Share of pairs with reward_w > reward_l; of all contrasts if M != N, counted by sorting."""
+    """Share of pairs with reward_w > reward_l, a tie a half; of all contrasts if M != N, counted by sorting."""
     if reward_w.shape == reward_l.shape:
-        return (reward_w > reward_l).to(reward_w.dtype).mean()
-    below = torch.searchsorted(reward_l.sort().values, reward_w.contiguous())
-    return torch.where(reward_w.isnan(), 0, below).to(reward_w.dtype).mean() / reward_l.shape[0]
+        return share_won(reward_w, reward_l)
+    losers, winners = reward_l.sort().values, reward_w.contiguous()
+    below, up_to = (torch.searchsorted(losers, winners, right=right) for right in (False, True))
+    won = torch.where(reward_w.isnan(), 0, below + up_to).to(reward_w.dtype)
+    return won.mean() / (2 * reward_l.shape[0])
 
 
 @operator(

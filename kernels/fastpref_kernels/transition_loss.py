@@ -47,7 +47,7 @@ class TransitionLoss(NamedTuple):
     loss: scalar, the only one that back-propagates, to eps_cond and eps_uncond.
     ratio_w, ratio_l: (B,) policy over reference likelihood of a transition (mean over elements), before clipping.
     clipped: scalar, share of the 2B ratios outside [1 - clip, 1 + clip].
-    accuracy: scalar, share of pairs with ratio_w > ratio_l.
+    accuracy: scalar, share of pairs with ratio_w > ratio_l; a tie counts a half.
     """
 
     loss: Tensor

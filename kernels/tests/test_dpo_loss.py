@@ -35,9 +35,15 @@ def test_worked_by_hand(path: str) -> None:
     result = dpo_loss(reward_w, torch.zeros(2), beta=2.0)
     # sigmoid(log 3) = 3/4 and sigmoid(0) = 1/2: loss (log 4/3 + log 2)/2; derivatives -(1/4)/2 and -(1/2)/2
     torch.testing.assert_close(result.loss.item(), math.log(8 / 3) / 2)
-    assert result.accuracy == 0.5
+    assert result.accuracy == 0.75, "a pair that is won and a tie"
     result.loss.backward()
     torch.testing.assert_close(reward_w.grad, torch.tensor([-0.125, -0.25]))
+
+
+def test_ties_count_a_half_and_nan_counts_nothing(path: str) -> None:
+    reward_w = torch.tensor([2.0, 1.0, 0.0, math.inf, math.nan, 1.0, math.nan, 3.0])
+    reward_l = torch.tensor([1.0, 1.0, 1.0, math.inf, 1.0, math.nan, math.nan, 3.0])
+    assert dpo_loss(reward_w, reward_l, beta=1.0).accuracy.item() == (1 + 3 / 2) / 8
 
 
 def test_extreme_rewards_stay_finite(path: str) -> None:

@@ -185,6 +185,13 @@ def test_worked_by_hand(path: str) -> None:
     torch.testing.assert_close(pred.grad, sigmoid * torch.tensor([[1.0, 1.0], [-2.0, 2.0]]))
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_where_policy_equals_reference_half_of_the_pairs_count_as_won(path: str, name: str) -> None:
+    pred, _, target = inputs(6)
+    result = fused(pred, pred.clone(), target, beta=20.0, **contrasts(name, 6))
+    assert result.reward.tolist() == [0.0] * 12 and result.accuracy == 0.5
+
+
 def test_channels_last_and_far_rows(path: str) -> None:
     pred, ref_pred, target = inputs(2)
     expected = fused(pred, ref_pred, target, beta=20.0).loss

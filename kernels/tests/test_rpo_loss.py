@@ -74,7 +74,7 @@ def test_worked_by_hand(path: str) -> None:
     torch.testing.assert_close(result.loss.item(), expected, rtol=1e-6, atol=0)
     entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
     torch.testing.assert_close(result.effective_contrasts.item(), math.exp(entropy), rtol=1e-6, atol=0)
-    assert result.accuracy == 0.5
+    assert result.accuracy == 0.75, "a contrast that is won and a tie"
     result.loss.backward()
     torch.testing.assert_close(reward_w.grad, torch.tensor([-0.75 / 4 - 0.25 / 2]))
     torch.testing.assert_close(reward_l.grad, torch.tensor([0.75 / 4, 0.25 / 2]))
@@ -84,6 +84,18 @@ def test_worked_by_hand(path: str) -> None:
     uniform = rpo_loss(reward_w, reward_l, None, None, **settings, weight="uniform")
     torch.testing.assert_close(uniform.loss.item(), math.log(8 / 3) / 2, rtol=1e-6, atol=0)
     assert uniform.effective_contrasts == 2
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("losers", [4, 3])
+def test_ties_count_a_half(path: str, weight: str, losers: int) -> None:
+    """Of the four pairs; of all contrasts with one loser less. Whole numbers, so that most of them tie."""
+    reward_w, reward_l = torch.tensor([2.0, 1.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 2.0, 0.0])[:losers]
+    embeddings = torch.randn(4, 3), torch.randn(losers, 3)
+    found = check(reward_w, reward_l, *embeddings, beta=1.0, temperature=0.5, weight=weight).accuracy
+    # pairs: won, tie, lost, tie; contrasts with 1, 1, 2: 2 wins and a tie of 2, two ties of each 1, none of 0
+    expected = (1 + 2 / 2) / 4 if losers == 4 else (2 + 1 / 2 + 2 * 2 / 2) / 12
+    assert found.item() == pytest.approx(expected, rel=2**-22)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from reference import transition_loss as oracle
 from reference.ddim_pool import ddim_step
+from reference.dpo_loss import share_won
 from tolerances import assert_close
 from transitions import ALPHAS_CUMPROD, DTYPES, TransitionBatch
 
@@ -25,7 +26,7 @@ def compare(batch: TransitionBatch, **settings: object) -> None:
     assert_close(result.loss, loss.detach(), scale=2)
     assert_close(result.ratio_w, ratio_w, scale=2)
     assert_close(result.ratio_l, ratio_l, scale=2)
-    assert result.accuracy.item() == pytest.approx((ratio_w > ratio_l).double().mean().item())
+    assert result.accuracy.item() == pytest.approx(share_won(ratio_w, ratio_l).item())
     clip = settings.get("clip", 0.1)
     outside = 0.0 if clip is None else (torch.stack([ratio_w, ratio_l]) - 1).abs().gt(clip).double().mean().item()
     assert result.clipped.item() == pytest.approx(outside)
@@ -123,7 +124,7 @@ def test_ratio_is_exactly_one_where_policy_equals_reference(path: str, dtype: to
     (cond, _) = batch.require_grad()
     result = transition_loss(*batch.arguments(), guidance_scale=7.3, clip=0.1)
     assert result.ratio_w.tolist() == result.ratio_l.tolist() == [1.0] * 3
-    assert (result.clipped.item(), result.accuracy.item()) == (0.0, 0.0)
+    assert (result.clipped.item(), result.accuracy.item()) == (0.0, 0.5)
     assert result.loss.item() == pytest.approx(math.log(2), rel=1e-7)
     result.loss.backward()
     assert cond.grad is not None and cond.grad.isfinite().all() and cond.grad.any()

@@ -7,6 +7,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
+def share_won(winner: Tensor, loser: Tensor) -> Tensor:
+    """Share of the rows in which the winner's number is higher; where both are equal a half counts, with NaN nothing."""
+    return ((winner > loser).to(winner.dtype) + 0.5 * (winner == loser).to(winner.dtype)).mean()
+
+
 def dpo_loss(reward_w: Tensor, reward_l: Tensor, beta: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """(loss of each pair (N,), its derivative with respect to reward_w (N,))."""
     u = (reward_w - reward_l) * (0.5 * beta)

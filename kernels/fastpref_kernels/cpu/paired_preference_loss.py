@@ -33,7 +33,7 @@ def forward(
     """(loss, effective contrasts, accuracy, reward (2N,), dL/dreward (2N,))."""
     reward, _, _ = implicit_reward.forward(pred, source, ref_pred, ref_error, False)
     winners, losers = reward.chunk(2)
-    accuracy = (winners > losers).to(reward.dtype).mean()
+    accuracy = dpo_loss.share_won(winners, losers)
     n_pairs, beta = winners.shape[0], settings.beta
     if settings.weight == "dpo":
         losses, slope = dpo_loss.dpo_loss(winners, losers, beta, settings.label_smoothing)

@@ -10,6 +10,7 @@ from torch import Tensor
 from .._ddim import Step, empty_rows_like
 from .._dispatch import accumulation_dtype
 from .ddim_pool import coefficients, guided, row_chunks
+from .dpo_loss import share_won
 from .implicit_reward import _sum_rows
 
 
@@ -71,7 +72,7 @@ def _pair_loss(log_ratio: Tensor, beta: float, low: float, high: float) -> tuple
         ratio_w.clone(),  # an output of a custom op may not be a view of another
         ratio_l.clone(),
         outside.to(u.dtype).mean(),
-        (log_ratio[0] > log_ratio[1]).to(u.dtype).mean(),
+        share_won(log_ratio[0], log_ratio[1]),
         slopes,
     )
 

@@ -150,6 +150,7 @@ FAULTS = [
         "u = (l - w) * (0.5 * beta)",
         DPO,
     ),
+    Fault("a tie counts as lost", "_pairwise_kernels.py", "tl.where(w == l, 0.5, 0.0)", "0.0", DPO),
     Fault("beta without its half", "_pairwise_kernels.py", "scale = 0.5 * beta /", "scale = beta /", DPO),
     Fault(
         "label smoothing forgotten",

@@ -17,7 +17,7 @@ def rpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, effective contrasts, accuracy), a group at a time with its whole contrast matrix."""
     rows, columns = group_size or len(reward_w), group_size or len(reward_l)
-    losses, effective, wins = [], [], []
+    losses, effective, margins = [], [], []
     for g in range(len(reward_w) // rows):
         i, j = slice(g * rows, (g + 1) * rows), slice(g * columns, (g + 1) * columns)
         contrast = reward_w[i].double()[:, None] - reward_l[j].double()[None, :]
@@ -32,5 +32,5 @@ def rpo_loss(
         else:
             losses.append(-(omega * logsigmoid(u)).sum(1))
         effective.append(torch.special.entr(omega).sum(1).exp())
-        wins.append((contrast.diagonal() if rows == columns else contrast.flatten()) > 0)
-    return torch.cat(losses).mean(), torch.cat(effective).mean(), torch.cat(wins).double().mean()
+        margins.append(contrast.diagonal() if rows == columns else contrast.flatten())
+    return torch.cat(losses).mean(), torch.cat(effective).mean(), (1 + torch.cat(margins).sign()).mean() / 2
