@@ -75,7 +75,7 @@ class LiteralOffline:
         eps, t = noise.repeat(repeat, 1, 1, 1), timesteps.repeat(repeat)
         noisy = self.noising.add_noise(latents, eps, t)
         target = eps if self.noising.config.prediction_type == "epsilon" else self.noising.get_velocity(latents, eps, t)
-        inputs = (noisy, t, prompt.repeat(repeat, 1, 1), self._conditions(pooled, pictures, repeat))
+        inputs = (noisy, t, prompt.repeat(repeat, 1, 1), self._conditions(pooled, len(indices), repeat))
         with self._span("policy forward"):
             errors = self._errors(inputs, target)
         loss, figures = errors.mean(), {}
@@ -117,11 +117,11 @@ class LiteralOffline:
     def _encoded(self, captions: list[str]) -> tuple[Tensor, Tensor | None]:
         return self.texts.encode(captions)
 
-    def _conditions(self, pooled: Tensor | None, pictures: list[Any], repeat: int) -> dict[str, Tensor] | None:
+    def _conditions(self, pooled: Tensor | None, pairs: int, repeat: int) -> dict[str, Tensor] | None:
         if pooled is None:
             return None
         side = self.config.resolution
-        ids = torch.cat([torch.tensor([[p.height, p.width, 0, 0, side, side]], dtype=pooled.dtype) for p in pictures])
+        ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=pooled.dtype).repeat(repeat * pairs, 1)
         return {"text_embeds": pooled.repeat(repeat, 1), "time_ids": ids}
 
     def _errors(self, inputs: tuple[Any, ...], target: Tensor) -> Tensor:
@@ -149,7 +149,8 @@ class LiteralOffline:
             apart = scale * ((error_w - reference_w)[:, None] - (error_l - reference_l)[None, :])
             loss = -(omega * F.logsigmoid(apart)).sum(dim=1).mean()
         figures = {"raw_model_loss": errors.mean(), "ref_loss": reference.mean()}
-        return loss, figures | {"implicit_acc": (inside > 0).double().mean()}
+        ties = 0.5 * (inside == 0).double().mean()
+        return loss, figures | {"implicit_acc": (inside > 0).double().mean() + ties}
 
     def _omega(self, captions: list[str], pictures: list[Any]) -> Tensor:
         """How related each winner is to each loser, a softmax over the losers."""

@@ -97,6 +97,11 @@ class Config(BaseModel):
     )
     sft_weight: float = Field(0.0, ge=0, description="weight of an SFT term on the winners, added to DPO or RPO")
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of pairs trained with the empty prompt")
+    size_conditioning: Literal["target", "winner"] = Field(
+        "target",
+        description="SDXL is told one size a pair, else it learns to read it: the training resolution, as in sampling, "
+        "or the winner's file's size and crop (sft, dpo, rpo)",
+    )
     timestep_range: tuple[int, int] | None = Field(
         None, description="draw timesteps from [low, high); spo, lpo: pools there, the rollout ends below; default: all"
     )

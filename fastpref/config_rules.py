@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from fastpref.config import Config
 
 POLICY_METHODS = ("sft", "dpo", "rpo", "spo", "lpo")
+OFFLINE_METHODS = ("sft", "dpo", "rpo")
 STEPWISE_METHODS = ("spo", "lpo")
 SCORER_METHODS = ("spm", "lrm")
 LEDGER_METHODS = ("dpo", "rpo")
@@ -54,6 +55,8 @@ def check_config(config: Config) -> None:
         raise ValueError("init_lora is set with train full, which trains no LoRA: export it merged and set unet")
     if config.reference == "adapter" and config.train == "full":
         raise ValueError("reference is adapter with train full, which has no adapter: use copy")
+    if config.size_conditioning == "winner" and config.method not in OFFLINE_METHODS:
+        raise ValueError(f"size_conditioning is winner with method {config.method}, told the target size: use target")
     if config.step_in_backward:
         _check_step_in_backward(config)
     if config.pure_bf16 and not (config.step_in_backward and config.precision == "bf16"):
@@ -76,7 +79,7 @@ def check_config(config: Config) -> None:
 
 def _check_step_in_backward(config: Config) -> None:
     unfit = {
-        f"method {config.method}": config.method not in ("sft", "dpo", "rpo"),
+        f"method {config.method}": config.method not in OFFLINE_METHODS,
         "train lora": config.train == "lora",
         "engine deepspeed": config.engine == "deepspeed",
         "precision fp16": config.precision == "fp16",

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,7 @@ from fastpref.errors import UserError
 FORMAT_VERSION = 1
 FOLDER = "ledgers"
 FACTS = "facts.json"
+OWN_SIZES = "own"  # SDXL was told each picture's own size, or SD1.5 none
 _REMEDY = "run 'fastpref prepare --reference CONFIG'"
 _PAIRS_PER_FILE = 4096
 
@@ -45,6 +46,7 @@ class Facts:
     caption_dropout: float
     label_noise: float
     precision: str
+    size_conditioning: str  # OWN_SIZES where it does not matter, as in ledgers older than the setting
     micro_batch_size: int | None = None  # these in half precision only, where rounding has to be that of training
     attention: str | None = None
     fused_ops: bool | None = None
@@ -54,7 +56,14 @@ class Facts:
     @property
     def name(self) -> str:
         """Digest of the facts, 16 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.stated(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def stated(self) -> dict[str, Any]:
+        """What ``facts.json`` says; nothing of the sizes where they are the pictures' own."""
+        facts = asdict(self)
+        if self.size_conditioning == OWN_SIZES:
+            del facts["size_conditioning"]
+        return facts
 
 
 class Part(NamedTuple):
@@ -92,7 +101,7 @@ class Ledger:
     def begin(self) -> None:
         """Make the directory, which says first what it is made for."""
         make_directory(self.path)
-        write_json(self.path / FACTS, asdict(self.facts))
+        write_json(self.path / FACTS, self.facts.stated())
 
     def write(self, part: Part, errors: torch.Tensor) -> None:
         """Put down the ``errors`` (steps, 2, batch) of a part, in one step."""
@@ -145,7 +154,7 @@ class Ledger:
         wanted = json.loads(json.dumps(asdict(self.facts)))
         found = []
         for file in self.path.parent.glob(f"*/{FACTS}"):
-            facts = read_json(file)
+            facts = {"size_conditioning": OWN_SIZES, **read_json(file)}
             found.append((sorted(key for key in wanted | facts if facts.get(key) != wanted.get(key)), file, facts))
         if not found:
             return "no reference ledger there", str(self.path.parent)

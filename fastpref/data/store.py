@@ -34,7 +34,7 @@ class StoreBatch:
     posterior_std_l: torch.Tensor | None
     prompt_embeds: torch.Tensor  # (n, L, D)
     pooled_prompt_embeds: torch.Tensor | None  # (n, P)
-    time_ids_w: torch.Tensor | None  # (n, 6) fp32: original height, width, crop top, left, target height, width
+    time_ids_w: torch.Tensor | None  # (n, 6) fp32: the file's height, width, crop top, left, target height, width
     time_ids_l: torch.Tensor | None
     clip_text: torch.Tensor | None  # (n, E) fp32, unit norm
     clip_image_w: torch.Tensor | None
@@ -134,12 +134,13 @@ class Store:
     def __len__(self) -> int:
         return len(self._label)
 
-    def batch(self, indices: ArrayLike, flip: ArrayLike | None = None) -> StoreBatch:
+    def batch(self, indices: ArrayLike, flip: ArrayLike | None = None, *, sizes: bool = True) -> StoreBatch:
         """The pairs at ``indices`` (n,), all of one bucket.
 
         Args:
             indices: positions in ``[0, len(store))``; a repeated one is returned repeatedly.
             flip: (n,) booleans, the pairs whose mirrored pictures are wanted; needs a store with ``flips``.
+            sizes: the time ids of the pictures too (SDXL).
 
         Raises:
             ValueError: no or out-of-range indices, several buckets, or ``flip`` without stored flips.
@@ -159,13 +160,23 @@ class Store:
             posterior_std_l=self._latents("posterior_std", bucket, image_l, mirrored) if posterior else None,
             prompt_embeds=self._text("text", "prompt_embeds", caption),
             pooled_prompt_embeds=self._text("text", "pooled_prompt_embeds", caption) if is_xl else None,
-            time_ids_w=self._time_ids(image_w) if is_xl else None,
-            time_ids_l=self._time_ids(image_l) if is_xl else None,
+            time_ids_w=self._time_ids(image_w) if is_xl and sizes else None,
+            time_ids_l=self._time_ids(image_l) if is_xl and sizes else None,
             clip_text=self._text("clip-text", "clip_text", caption) if has_clip else None,
             clip_image_w=self._images("clip-image", f"clip_image.{bucket}", image_w) if has_clip else None,
             clip_image_l=self._images("clip-image", f"clip_image.{bucket}", image_l) if has_clip else None,
             label=torch.from_numpy(self._label[at]),
         )
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) in pixels of the bucket of the pair at ``index``."""
+        width, height = self.manifest.buckets[self.bucket_ids[index]]
+        return height, width
+
+    def time_ids(self, indices: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
+        """What SDXL would be told of the pictures of the pairs at ``indices``: winners and losers, each (n, 6) fp32."""
+        at = np.asarray(indices, dtype=np.int64)
+        return self._time_ids(self._image_w[at]), self._time_ids(self._image_l[at])
 
     def clip_batch(self, indices: ArrayLike) -> ClipBatch:
         """The CLIP rows of the pairs at ``indices`` (n,), all of one bucket, without reading latents.

@@ -11,6 +11,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from fastpref.emoji import IMAGE_SIZE
 from fastpref.emoji.random_models import text_config
+from fastpref.models.time_ids import target_time_ids
 
 CHANNELS = (48, 96, 192)
 TEXT_WIDTH = 96
@@ -78,9 +79,7 @@ class TextToLatents(nn.Module):
     def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
         """Predicted noise for scaled noisy latents (N, 4, 16, 16)."""
         prompt_embeds, pooled = self.encode(input_ids)
-        size = float(IMAGE_SIZE)
-        time_ids = torch.tensor([size, size, 0.0, 0.0, size, size]).expand(len(noisy), 6)
-        conditions = {"text_embeds": pooled, "time_ids": time_ids}
+        conditions = {"text_embeds": pooled, "time_ids": target_time_ids((IMAGE_SIZE, IMAGE_SIZE), len(noisy))}
         return self.predict(noisy, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
 
 

@@ -22,6 +22,7 @@ from fastpref.data.images import ImageError, load_rgb, to_bucket
 from fastpref.data.records import Record, read_captions, read_records
 from fastpref.errors import UserError
 from fastpref.evaluate.runner import choose_prompts
+from fastpref.evaluate.scores import win_values
 from fastpref.models.latent_reward import LatentRewardModel, text_rows
 from fastpref.models.latent_reward_file import open_latent_reward
 from fastpref.models.loading import (
@@ -39,6 +40,7 @@ from fastpref.models.one_step import OneStep, load_one_step
 from fastpref.models.policy import Conditioning
 from fastpref.models.step_preference import StepPreferenceModel
 from fastpref.models.step_preference_file import load_step_preference, resolve_step_preference
+from fastpref.models.time_ids import target_time_ids
 from fastpref.models.work import Work
 from fastpref_kernels import add_keyed_noise, derive_keys
 
@@ -61,7 +63,8 @@ def evaluate_pair_accuracy(config: Config, *, folder: Path | None = None) -> dic
         folder: a trained model; None: the one that training starts from.
 
     Returns:
-        ``pair_accuracy: {timestep: share of pairs whose winner has the higher score}``, ``pair_margin`` (mean of
+        ``pair_accuracy: {timestep: share of pairs whose winner has the higher score, equal
+        scores counting a half}``, ``pair_margin`` (mean of
         s_w - s_l, by timestep) and ``details`` with the number of pairs and the work.
 
     Raises:
@@ -77,7 +80,9 @@ def evaluate_pair_accuracy(config: Config, *, folder: Path | None = None) -> dic
     if not captions:
         raise UserError("the evaluation records have no pair without a tie", config.eval_records)
     return {
-        "pair_accuracy": {str(t): float(np.mean([m > 0 for m in values])) for t, values in margins.items()},
+        "pair_accuracy": {
+            str(t): float(win_values(np.zeros(len(values)), np.array(values)).mean()) for t, values in margins.items()
+        },
         "pair_margin": {str(t): float(np.mean(values)) for t, values in margins.items()},
         "details": {
             "pairs": len(margins[config.eval_timesteps[0]]),
@@ -156,9 +161,8 @@ class _Judge(ABC):
         own = shown.own.to(prompt.device)
         time_ids = None
         if pooled is not None:
-            size = shown.images.shape[-1]
-            row = torch.tensor([size, size, 0, 0, size, size], device=prompt.device, dtype=self.dtype)
-            time_ids, pooled = row.repeat(len(own), 1), pooled[own]
+            height, width = shown.images.shape[-2:]
+            time_ids, pooled = target_time_ids((height, width), len(own)).to(prompt.device), pooled[own]
         return Conditioning(prompt[own], pooled, time_ids)
 
 

@@ -158,18 +158,6 @@ def text_rows(conditioning: Conditioning, captions: Sequence[str], tokenizer: An
     return embeds[torch.arange(len(embeds), device=embeds.device), ends.to(embeds.device)]
 
 
-def fixed_time_ids(conditioning: Conditioning) -> Conditioning:
-    """With the time ids of an uncropped picture of the target size, as when sampling.
-
-    A stored pair has its own pictures' original sizes, by which winner and loser could be told apart.
-    """
-    if conditioning.time_ids is None:
-        return conditioning
-    target = conditioning.time_ids[:, 4:]
-    ids = torch.cat([target, torch.zeros_like(target), target], dim=1)
-    return Conditioning(conditioning.prompt_embeds, conditioning.pooled_prompt_embeds, ids)
-
-
 def _call(block: Any, hidden: Tensor, embedded: Tensor, text: Tensor) -> Any:
     if getattr(block, "has_cross_attention", False):
         return block(hidden, embedded, encoder_hidden_states=text)

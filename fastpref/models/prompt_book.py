@@ -12,6 +12,7 @@ from fastpref.memory import moved
 from fastpref.models.guidance import empty_conditioning
 from fastpref.models.loading import TextStack, model_family
 from fastpref.models.policy import Conditioning
+from fastpref.models.time_ids import target_time_ids
 from fastpref.models.work import Work
 
 
@@ -42,7 +43,7 @@ class PromptBook:
         return Conditioning(
             moved(torch.stack([row for row, _ in rows]), self.device),
             moved(torch.stack(pooled), self.device) if pooled else None,
-            self._time_ids(len(rows)) if self._sdxl else None,
+            moved(target_time_ids(self.size, len(rows)), self.device) if self._sdxl else None,
         )
 
     def empty(self) -> Conditioning:
@@ -55,12 +56,6 @@ class PromptBook:
             embeds, pooled = self.texts.encode([prompt])
             self.work.text_forwards += 1
             self._known[prompt] = embeds[0].cpu(), None if pooled is None else pooled[0].cpu()
-
-    def _time_ids(self, rows: int) -> torch.Tensor:
-        height, width = self.size
-        return moved(torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32), self.device).expand(
-            rows, 6
-        )
 
 
 def prompt_id(prompt: str) -> int:

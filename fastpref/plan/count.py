@@ -18,6 +18,7 @@ from fastpref.config import Config
 from fastpref.config_rules import STEPWISE_METHODS
 from fastpref.models.loading import DTYPES
 from fastpref.models.policy import Conditioning, Policy, make_policy, master_dtype
+from fastpref.models.time_ids import target_time_ids
 from fastpref.objectives import build_objective
 from fastpref.plan.meter import Operations, PeakMemory
 from fastpref_kernels import implicit_reward
@@ -58,7 +59,8 @@ class Shapes:
         pooled = time_ids = None
         if self.unet.get("addition_embed_type") == "text_time":
             width = self.unet["projection_class_embeddings_input_dim"] - 6 * self.unet["addition_time_embed_dim"]
-            pooled, time_ids = torch.empty(rows, width, dtype=dtype), torch.empty(rows, 6, dtype=dtype)
+            pooled = torch.empty(rows, width, dtype=dtype)
+            time_ids = target_time_ids(self.latent[1:], rows).to(dtype)  # in latents: no shape depends on the values
         prompt = torch.empty(rows, self.tokens, self.unet["cross_attention_dim"], dtype=dtype)
         timesteps = torch.zeros(rows, dtype=torch.int64)
         return torch.empty(rows, *self.latent, dtype=dtype), timesteps, Conditioning(prompt, pooled, time_ids)

@@ -2,6 +2,13 @@
 
 A draw is (seed, epoch, sample id); it fixes noise, flip, posterior sample and caption dropout. The timestep belongs to
 the contrast group: (seed, epoch, group). Nothing depends on the micro-batch or the rank a pair lands in.
+
+Both pictures of a pair have one condition: DPO's derivation drops the partition function Z(c) only where winner and
+loser share c. Were each told the size of its own file, the model could lower the loss by reading the size, which is
+constant when it samples. By default SDXL is told of every pair that it is a whole picture of the training resolution,
+which is what it is told when sampling; with ``size_conditioning: winner`` of both that they have the size and the crop
+of the winner's file. RPO contrasts winner i with loser j of other pairs of the same bucket: under ``target`` all have
+one size; under ``winner`` theirs may differ as their prompts do, by what belongs to the pair and not to the side.
 """
 
 from __future__ import annotations
@@ -16,6 +23,7 @@ from fastpref.data.sampling import BatchPlan
 from fastpref.data.store import ClipBatch, Store, StoreBatch
 from fastpref.models.loading import NoiseSchedule
 from fastpref.models.policy import Conditioning
+from fastpref.models.time_ids import target_time_ids
 from fastpref.objectives.rpo import combine_embeddings
 from fastpref.train.profile import phase
 from fastpref_kernels import derive_keys, keyed_noise, keyed_uniform_u32
@@ -49,6 +57,7 @@ class BatchBuilder:
     ) -> None:
         self.store, self.schedule, self.config, self.device = store, schedule, config, device
         self.with_losers = with_losers
+        self.winner_sized = config.size_conditioning == "winner"
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         alphas_cumprod = schedule.alphas_cumprod.to(device, self.dtype)
         self.signal, self.sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
@@ -60,7 +69,7 @@ class BatchBuilder:
         in pinned memory, so that the copy to it does not wait."""
         ids = torch.from_numpy(plan.indices[rows])
         flip = self._coin(plan, ids, "flip", 0.5).numpy() if self.store.manifest.flips else None
-        stored = self.store.batch(plan.indices[rows], flip)
+        stored = self.store.batch(plan.indices[rows], flip, sizes=self.winner_sized)
         stored = _exchange(stored, self._mislabelled(ids), ("latents", "posterior_std", "time_ids"))
         there = {field.name: getattr(stored, field.name) for field in fields(stored)}
         return StoreBatch(**{name: None if value is None else self._pin(value) for name, value in there.items()})
@@ -142,11 +151,11 @@ class BatchBuilder:
             prompt = torch.where(dropped[:, None, None], self.empty_prompt_embeds, prompt)
             if pooled is not None and self.empty_pooled is not None:
                 pooled = torch.where(dropped[:, None], self.empty_pooled, pooled)
-        time_ids = None
-        if stored.time_ids_w is not None:
-            sides = [stored.time_ids_w, stored.time_ids_l][:repeat]
-            time_ids = torch.cat([self.moved(side) for side in sides])
-        return Conditioning(prompt.repeat(repeat, 1, 1), None if pooled is None else pooled.repeat(repeat, 1), time_ids)
+        if pooled is None:
+            return Conditioning(prompt.repeat(repeat, 1, 1))
+        size = self.store.size(int(ids[0]))
+        sizes = target_time_ids(size, len(ids)) if stored.time_ids_w is None else stored.time_ids_w
+        return Conditioning(prompt.repeat(repeat, 1, 1), pooled.repeat(repeat, 1), self.moved(sizes).repeat(repeat, 1))
 
 
 def _exchange(pairs: Pairs, wrong: torch.Tensor, names: tuple[str, ...]) -> Pairs:

@@ -30,6 +30,14 @@ class Arriving:
         return dict(zip(self.names, self._numbers.tolist(), strict=True))
 
 
+def won(winner: torch.Tensor, loser: torch.Tensor) -> torch.Tensor:
+    """1 where the winner's number is higher, a half where both are equal, 0 elsewhere, in fp64; accuracy is its mean.
+
+    As in diffusers' scripts: a policy that is still its reference has an accuracy of one half.
+    """
+    return (winner > loser).double() + 0.5 * (winner == loser).double()
+
+
 def step_figures(
     rewards: PairRewards, loss: torch.Tensor, norm: torch.Tensor, effective_contrasts: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
@@ -41,7 +49,7 @@ def step_figures(
         figures["reward_loser"] = rewards.reward_l.mean()
         figures["err_loser"] = rewards.error_l.mean()
         figures["margin"] = margin.mean()
-        figures["accuracy"] = (margin > 0).double().mean()
+        figures["accuracy"] = won(rewards.reward_w, rewards.reward_l).mean()
     if effective_contrasts is not None:
         figures["effective_contrasts"] = effective_contrasts
     return figures

@@ -210,6 +210,8 @@ def _check_store(config: Config, objective: Objective, store: Store) -> None:
             config.store,
             "prepare with ties=drop or ties=keep",
         )
+    if config.size_conditioning == "winner" and store.manifest.family == "sd15":
+        raise UserError("size_conditioning is winner, but SD1.5 is not told sizes", config.store, "remove it")
     needs = objective.uses_embeddings or config.sampling == "related"
     if needs and store.manifest.clip_fingerprint is None:
         raise UserError(

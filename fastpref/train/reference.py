@@ -21,7 +21,7 @@ import torch
 
 from fastpref.config import Config
 from fastpref.config_rules import LEDGER_METHODS
-from fastpref.data.ledger import Facts, Ledger, Part
+from fastpref.data.ledger import OWN_SIZES, Facts, Ledger, Part
 from fastpref.data.prepare import rank_device
 from fastpref.data.progress import Bars
 from fastpref.data.sampling import BatchPlan, Sampler
@@ -30,6 +30,7 @@ from fastpref.data.workspace import Ranks
 from fastpref.errors import UserError
 from fastpref.models.loading import NoiseSchedule, resolve_model_dir, unet_fingerprint
 from fastpref.models.policy import Policy, load_reference
+from fastpref.models.time_ids import target_time_ids
 from fastpref.train.batch import BatchBuilder, PairBatch
 from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_store
 from fastpref_kernels import implicit_reward
@@ -56,10 +57,27 @@ def ledger_of(config: Config, model_dir: Path, store: Store, sampler: Sampler, s
         store=store.manifest.fingerprint,
         schedule=hashlib.sha256(noise_levels).hexdigest(),
         group_size=config.group,
+        size_conditioning=sizes_told(config, store),
         micro_batch_size=config.micro_batch if in_half_precision(config) else None,
         **{name: getattr(config, name) for name in (*own, *rounding)},
     )
     return Ledger(store.path, facts, sampler.batches_per_epoch)
+
+
+def sizes_told(config: Config, store: Store) -> str:
+    """``size_conditioning``, or OWN_SIZES where every picture of the store is told its own size under it.
+
+    That is how all was made before the setting existed.
+    """
+    if store.manifest.family != "sdxl":
+        return OWN_SIZES
+    for bucket in np.unique(store.bucket_ids):
+        at = np.flatnonzero(store.bucket_ids == bucket)
+        winners, losers = store.time_ids(at)
+        told = winners if config.size_conditioning == "winner" else target_time_ids(store.size(at[0]), len(at))
+        if not (torch.equal(told, winners) and torch.equal(told, losers)):
+            return config.size_conditioning
+    return OWN_SIZES
 
 
 def in_half_precision(config: Config) -> bool:

@@ -9,8 +9,12 @@ from typing import Any
 from fastpref import atomic
 from fastpref.atomic import check_writable
 from fastpref.config import Config, load_config, save_config
+from fastpref.config_rules import OFFLINE_METHODS
+from fastpref.data.ledger import OWN_SIZES
+from fastpref.data.store import Store
 from fastpref.errors import UserError
 from fastpref.train.checkpoint import newest_step
+from fastpref.train.reference import sizes_told
 
 # Settings that may change between the parts of a resumed run without changing what is computed.
 # fmt: off
@@ -90,7 +94,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_same(config: Config, run_dir: Path) -> None:
-    before, now = load_config(run_dir / "config.yaml").model_dump(), config.model_dump()
+    started = load_config(run_dir / "config.yaml")
+    before, now = started.model_dump(), config.model_dump()
     free = FREE_ON_RESUME - FIXED_BY_METHOD.get(config.method, frozenset())
     for key in now:
         if key not in free and before[key] != now[key]:
@@ -99,3 +104,14 @@ def _check_same(config: Config, run_dir: Path) -> None:
                 str(run_dir),
                 "resume with the same settings, or set overwrite=true or another name",
             )
+    if "size_conditioning" not in started.model_fields_set:
+        _check_own_sizes(config, run_dir)
+
+
+def _check_own_sizes(config: Config, run_dir: Path) -> None:
+    """Before ``size_conditioning`` was a setting, SDXL was told each picture's own size by all but lrm, spo and lpo."""
+    if config.method not in (*OFFLINE_METHODS, "spm"):
+        return
+    if sizes_told(config, Store.open(config.store)) != OWN_SIZES:
+        what = f"size_conditioning is {config.size_conditioning!r} but the run was started with each picture's own size"
+        raise UserError(what, str(run_dir), "set overwrite=true or another name")

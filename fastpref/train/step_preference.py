@@ -28,7 +28,7 @@ from fastpref.data.sampling import BatchPlan, Sampler
 from fastpref.data.store import Store
 from fastpref.errors import UserError
 from fastpref.memory import moved
-from fastpref.models.latent_reward import LatentRewardModel, fixed_time_ids, text_rows
+from fastpref.models.latent_reward import LatentRewardModel, text_rows
 from fastpref.models.latent_reward_file import (
     FOLDER_NAME as LATENT_FOLDER_NAME,
 )
@@ -53,7 +53,7 @@ from fastpref.models.work import Work
 from fastpref.objectives.step_preference import preference_cross_entropy, prompt_weights
 from fastpref.train.batch import BatchBuilder, PairBatch
 from fastpref.train.engine import Engine, open_engine
-from fastpref.train.figures import Arriving
+from fastpref.train.figures import Arriving, won
 from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_store
 from fastpref.train.loader import Loader
 from fastpref.train.optim import learning_rate_at
@@ -256,24 +256,24 @@ class LatentRewardTrainer(PreferenceTrainer):
         save_latent_reward(self.model, self.facts, run_dir / LATENT_FOLDER_NAME)
 
     def _scores(self, batch: PairBatch, captions: list[str]) -> torch.Tensor:
-        conditioning = fixed_time_ids(batch.conditioning)
-        texts = text_rows(conditioning, [*captions, *captions], self.tokenizer)
+        texts = text_rows(batch.conditioning, [*captions, *captions], self.tokenizer)
         with self._autocast():
-            scores = self.model(batch.noisy, batch.timesteps, conditioning, self.empty, texts)
+            scores = self.model(batch.noisy, batch.timesteps, batch.conditioning, self.empty, texts)
         self.counted.scorer_forwards += self.model.rows(batch.rows)
         return scores.view(2, -1)
 
 
 def _figures(results: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Means over the pairs of ``results``: rows winner's score, loser's score, label and so on. Ties have no winner."""
+    """Means over the pairs of ``results``: rows winner's score, loser's score, label and so on. A label of one half has
+    no winner; equal scores count a half."""
     winner, loser, label = results[:3].double()
     decided = label != 0.5
-    right = decided & ((winner - loser) * (label - 0.5) > 0)
+    right = decided * torch.where(label > 0.5, won(winner, loser), won(loser, winner))
     return {
         "score_winner": winner.mean(),
         "score_loser": loser.mean(),
         "margin": (winner - loser).mean(),
-        "accuracy": right.sum().double() / decided.sum(),
+        "accuracy": right.sum() / decided.sum(),
     }
 
 

@@ -36,7 +36,7 @@ from fastpref.rollout.scorers import open_scorer
 from fastpref.rollout.transitions import Selection, Transitions, select, thresholds
 from fastpref.train.deepspeed_config import read_settings, zero_stage
 from fastpref.train.engine import Engine, open_engine
-from fastpref.train.figures import Arriving
+from fastpref.train.figures import Arriving, won
 from fastpref.train.inputs import open_pool_sampler, open_prompts, open_schedule
 from fastpref.train.optim import learning_rate_at
 from fastpref.train.profile import phase
@@ -281,7 +281,7 @@ class StepwiseTrainer(PolicyTrainer):
             "ratio_loser": loser.mean(),
             "ratio_clipped": ((ratios.double() - 1).abs() > clip).double().mean(),
             "margin": (winner.log() - loser.log()).mean(),
-            "accuracy": (winner > loser).double().mean(),
+            "accuracy": won(winner, loser).mean(),
             "grad_norm": norm,
         }
 

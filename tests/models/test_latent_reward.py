@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastpref.config import load_config
 from fastpref.errors import UserError
-from fastpref.models.latent_reward import LatentRewardModel, fixed_time_ids, text_rows
+from fastpref.models.latent_reward import LatentRewardModel, text_rows
 from fastpref.models.latent_reward_file import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -165,13 +165,6 @@ def test_every_weight_has_a_gradient_and_recomputing_keeps_it(folder: Path) -> N
     for name, gradient in gradients[0].items():
         assert gradient is not None and bool(gradient.abs().sum() > 0), name
         assert (gradient - gradients[1][name]).abs().max() <= 1e-12 * gradient.abs().max(), name
-
-
-def test_time_ids_do_not_tell_winner_from_loser() -> None:
-    ids = torch.tensor([[700.0, 900.0, 3.0, 4.0, 512.0, 768.0], [512.0, 512.0, 0.0, 0.0, 512.0, 768.0]])
-    fixed = fixed_time_ids(Conditioning(torch.zeros(2, 1, 1), torch.zeros(2, 1), ids))
-    assert fixed.time_ids is not None and fixed.time_ids.tolist() == [[512.0, 768.0, 0.0, 0.0, 512.0, 768.0]] * 2
-    assert fixed_time_ids(Conditioning(torch.zeros(2, 1, 1))).time_ids is None
 
 
 def test_what_is_saved_is_what_is_loaded(folder: Path, tmp_path: Path) -> None:
