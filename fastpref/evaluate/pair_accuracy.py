@@ -80,9 +80,7 @@ def evaluate_pair_accuracy(config: Config, *, folder: Path | None = None) -> dic
     if not captions:
         raise UserError("the evaluation records have no pair without a tie", config.eval_records)
     return {
-        "pair_accuracy": {
-            str(t): float(win_values(np.zeros(len(values)), np.array(values)).mean()) for t, values in margins.items()
-        },
+        "pair_accuracy": {str(t): float(np.mean(win_values(np.zeros(1), np.array(m)))) for t, m in margins.items()},
         "pair_margin": {str(t): float(np.mean(values)) for t, values in margins.items()},
         "details": {
             "pairs": len(margins[config.eval_timesteps[0]]),

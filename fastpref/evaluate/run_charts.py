@@ -36,7 +36,12 @@ def metric_charts(config: dict[str, Any], metrics: dict[str, list[float]]) -> li
         "likelihood ratio" if "ratio_winner" in metrics else "score" if config.get("method") in SCORERS else "reward"
     )
     for title, key, note, line in (
-        ("Pairwise accuracy", "accuracy", f"share of pairs whose winner has the higher {ahead}", 0.5),
+        (
+            "Pairwise accuracy",
+            "accuracy",
+            f"share of pairs whose winner has the higher {ahead}; a tie is half a win",
+            0.5,
+        ),
         ("Ratios clipped", "ratio_clipped", "share of likelihood ratios at their bound, which give no gradient", 0.0),
         ("Effective contrasts", "effective_contrasts", "losers that each winner is really compared with", None),
         ("Gradient norm", "grad_norm", clipping, float(clip) if isinstance(clip, int | float) else None),

@@ -41,9 +41,9 @@ def test_worked_by_hand(path: str) -> None:
 
 
 def test_ties_count_a_half_and_nan_counts_nothing(path: str) -> None:
-    reward_w = torch.tensor([2.0, 1.0, 0.0, math.inf, math.nan, 1.0, math.nan, 3.0])
-    reward_l = torch.tensor([1.0, 1.0, 1.0, math.inf, 1.0, math.nan, math.nan, 3.0])
-    assert dpo_loss(reward_w, reward_l, beta=1.0).accuracy.item() == (1 + 3 / 2) / 8
+    reward_w = torch.tensor([2.0, 1.0, 0.0, math.nan, 1.0, math.nan, 3.0, 0.0])
+    reward_l = torch.tensor([1.0, 1.0, 1.0, 1.0, math.nan, math.nan, 3.0, 9.0])
+    assert dpo_loss(reward_w, reward_l, beta=1.0).accuracy.item() == (1 + 2 / 2) / 8
 
 
 def test_extreme_rewards_stay_finite(path: str) -> None:

@@ -1,4 +1,4 @@
-"""SDXL's time ids: one condition a pair, that of the training resolution or of the winner, whatever the files' sizes."""
+"""SDXL's time ids: one condition a pair, the training resolution's or the winner's, whatever the files' sizes."""
 
 from __future__ import annotations
 
@@ -97,28 +97,37 @@ def test_both_pictures_of_a_pair_have_one_condition(sdxl_config: MakeConfig, met
 
 @pytest.mark.usefixtures("identical_pictures")
 @pytest.mark.parametrize("sizes", ["target", "winner"])
-@pytest.mark.parametrize("method", [["method=dpo"], ["method=rpo", "weight=uniform"], ["method=rpo", "group_size=2"]])
+@pytest.mark.parametrize("method", [["method=dpo"], ["method=rpo"]])
 def test_nothing_is_learnt_from_the_sizes_of_pairs_alike(
     sdxl_config: MakeConfig, sizes: str, method: list[str]
 ) -> None:
-    """Pairs of one picture each are undecided after any training: their rewards are equal and the accuracy is a half.
+    """Pairs of one picture each are undecided after any training: equal rewards, an accuracy of one half.
 
     DPO's loss stays log 2. RPO contrasts a winner with other pairs' losers too, whose rewards may well differ.
     """
-    common = ["beta=2000", "learning_rate=1e-2", "precision=fp64", f"size_conditioning={sizes}"]
+    common = ["learning_rate=1e-2", "precision=fp64", f"size_conditioning={sizes}"]
     trainer: Any = TrainJob.open(sdxl_config(*common, *method)).trainer
-    for step in range(6):
+    predict_sides_apart(trainer.policy)
+    for step in range(5):
         found = trainer.step(step)
-        # β/2 times the margin is off by roundings of the two rows' errors, below 1e-10 of an error of about 1
-        assert abs(found["margin"]) < 1e-10
-        assert found["reward_winner"] == pytest.approx(found["reward_loser"], abs=1e-10)
+        assert (found["margin"], found["accuracy"]) == (0.0, 0.5)
         if method == ["method=dpo"]:
-            assert found["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert step == 5 and found["accuracy"] == 0.5
-    if method == ["method=dpo"]:
-        assert abs(found["reward_winner"]) < 1e-10
-    else:
-        assert abs(found["reward_winner"]) > 0
+            assert found["loss"] == pytest.approx(math.log(2), rel=1e-14)
+    assert method == ["method=dpo"] or abs(found["reward_winner"]) > 0
+
+
+def predict_sides_apart(policy: Any) -> None:
+    """Winners and losers in forwards of one shape: a matrix product may round first and last rows differently."""
+    plain = policy._call
+
+    def apart(unet: Any, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        n, sides = len(noisy) // 2, []
+        for side in (slice(0, n), slice(n, None)):
+            x, t, *told = (torch.cat([rows[side]] * 2) for rows in (noisy, timesteps, *vars(conditioning).values()))
+            sides.append(plain(unet, x, t, Conditioning(*told))[:n])
+        return torch.cat(sides)
+
+    policy._call = apart
 
 
 @pytest.mark.parametrize("method", ["spm", "lrm"])
@@ -296,5 +305,5 @@ def test_the_setting_is_refused_where_it_would_do_nothing(sdxl_config: MakeConfi
     for method in ("spm", "lrm", "spo", "lpo"):
         with pytest.raises(UserError, match=f"size_conditioning is winner with method {method}"):
             sdxl_config(f"method={method}", "train=full", "size_conditioning=winner")
-    with pytest.raises(UserError, match="size_conditioning is winner, but SD1.5 is not told sizes"):
+    with pytest.raises(UserError, match=r"size_conditioning is winner, but SD1\.5 is not told sizes"):
         TrainJob.open(sd15_config("method=dpo", "size_conditioning=winner"))

@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 
 
 def share_won(winner: Tensor, loser: Tensor) -> Tensor:
-    """Share of the rows in which the winner's number is higher; where both are equal a half counts, with NaN nothing."""
+    """Share of rows where the winner's number is higher; a row of equal ones counts a half, one with NaN nothing."""
     return ((winner > loser).to(winner.dtype) + 0.5 * (winner == loser).to(winner.dtype)).mean()
 
 
