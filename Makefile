@@ -7,13 +7,14 @@ MANIFESTS := pyproject.toml kernels/pyproject.toml constraints.txt
 
 REFERENCE := .venv-reference
 
-.PHONY: help quickstart quickstart-spo test lint compare bench reference-venv kernels fuzz soak gpu-acceptance clean
+.PHONY: help quickstart quickstart-spo test test-processors lint compare bench reference-venv kernels fuzz soak gpu-acceptance clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   RPO on the bundled emoji world, report in runs/quickstart/report.html"
 	@echo "make quickstart-spo   a step-aware preference model, then SPO with it; report in runs/quickstart-spo/report.html"
 	@echo "make test         lint, types and the whole test suite"
+	@echo "make test-processors   the suite with the BLAS, convolution and vector kernels of other processors; half an hour"
 	@echo "make compare      SFT, DPO and RPO from one base over three seeds: an hour and a half or more, resumable"
 	@echo "make bench        the short set of benchmarks: 11 minutes"
 	@echo "make reference-venv   $(REFERENCE), 6 GB, in which diffusers' training scripts run too"
@@ -60,6 +61,9 @@ lint: $(VENV)/.dev
 test: lint
 	@echo "== tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope
+
+test-processors: $(VENV)/.dev
+	@$(BIN)/python tests/processors.py
 
 compare: $(VENV)/.dev
 	@$(BIN)/python benchmarks/compare.py
