@@ -38,6 +38,12 @@ def assert_rounded(result: torch.Tensor, exact: torch.Tensor, rounding: float, l
     assert (error <= 2 * rounding * exact.abs() + 4 * rounding * low + accumulator * (low + sums)).all()
 
 
+def assert_same_rows(result: torch.Tensor, expected: torch.Tensor) -> None:
+    """To two roundings of values of order one: BLAS may sum rows of another stride in another order."""
+    rounding = 2 * ROUNDING[result.dtype]
+    torch.testing.assert_close(result, expected, rtol=rounding, atol=rounding)
+
+
 def sizes(*inputs: torch.Tensor) -> list[torch.Tensor]:
     """The value and the gradients to x, A and B of the absolute values: grad, x, weight, bias, A, B."""
     grad, x, weight, bias, a, b = (t.detach().double().abs() for t in inputs)
@@ -102,10 +108,11 @@ def test_rows_at_a_distance_and_gradients_of_any_strides(path: str) -> None:
     out = lora_linear(leaf, weight, bias, a, b, SCALE)
     dense = wide[:, 8:32].contiguous().requires_grad_()
     expected = lora_linear(dense, weight, bias, a, b, SCALE)
-    assert torch.equal(out, expected)
+    assert_same_rows(out, expected)
     out.sum().backward()  # an expanded gradient
     expected.backward(torch.ones(6, 9).half())
-    assert leaf.grad is not None and dense.grad is not None and torch.equal(leaf.grad, dense.grad)
+    assert leaf.grad is not None and dense.grad is not None
+    assert_same_rows(leaf.grad, dense.grad)
 
 
 def test_only_what_needs_a_gradient_gets_one(path: str) -> None:
@@ -130,7 +137,7 @@ def test_addresses_past_two_to_the_31(path: str, tmp_path: Path) -> None:
     values = torch.randn(2, 8).half()
     x = memory.as_strided((2, 8), (distance, 1)).copy_(values)
     expected = lora_linear(values, weight, bias, a, b, SCALE)
-    assert torch.equal(lora_linear(x, weight, bias, a, b, SCALE), expected)
+    assert_same_rows(lora_linear(x, weight, bias, a, b, SCALE), expected)
 
 
 def test_empty_batch(path: str) -> None:
