@@ -43,6 +43,7 @@ from fastpref.train.figures import MAX_LOGIT_NOISE
 from fastpref.train.offline import OfflineTrainer
 
 OUT = RESULTS / "offline_vs_reference.csv"
+# beta / 2 = 50 multiplies four fp32 means of squares of order one, each rounded by 2^-24, and the slope is 1/2: 6e-6
 LOSS_TOLERANCE, BF16_TOLERANCE = 1e-5, MAX_LOGIT_NOISE  # the logit's rounding moves a loss by no more than itself
 # Methods, repeats, steps of a repeat and overrides; RPO needs a second pair to contrast with.
 FULL_SIZE = {"methods": ("dpo", "rpo"), "repeats": 3, "steps": 1}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,17 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SMALL = ["records=RECORDS", "resolution=32", "evaluate=false", "tracker=none", "shard_size=10"]
+
+
+@pytest.fixture(autouse=True)
+def threads_as_given() -> Iterator[None]:
+    """A run with ``threads=1`` leaves no trace: processes that later tests start have the number that was given, and
+    bits depend on it."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else 0
+    yield
+    if torch and torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

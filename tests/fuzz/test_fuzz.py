@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,11 @@ CASES, GROUPS = 220, 10
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    return World.make(tmp_path_factory.mktemp("fuzz"))
+    yield World.make(tmp_path_factory.mktemp("fuzz"))
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("group", range(GROUPS))
