@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# MKL_CBWR=COMPATIBLE is the one path that MKL takes on every vendor's processors; ATen's default is SSE alone
+# MKL_CBWR=COMPATIBLE is the one path that MKL takes on every vendor's processors; ATen's default is SSE alone. Two
+# threads wait passively: where tests start several processes, threads that spin would take the cores from each other.
+TWO_THREADS = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
 SETTINGS = {
     "haswell": {
         "OPENBLAS_CORETYPE": "Haswell",
@@ -29,9 +31,9 @@ SETTINGS = {
         "ATEN_CPU_CAPABILITY": "default",
         "MKL_CBWR": "COMPATIBLE",
         "ONEDNN_MAX_CPU_ISA": "SSE41",
-        "OMP_NUM_THREADS": "2",
+        **TWO_THREADS,
     },
-    "skylakex": {"OPENBLAS_CORETYPE": "SkylakeX", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "OMP_NUM_THREADS": "2"},
+    "skylakex": {"OPENBLAS_CORETYPE": "SkylakeX", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", **TWO_THREADS},
 }
 
 
