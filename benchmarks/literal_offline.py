@@ -25,9 +25,10 @@ from fastpref.config import Config
 from fastpref.data.buckets import Size
 from fastpref.data.images import load_rgb, to_bucket
 from fastpref.data.records import Record, check_row, open_records
-from fastpref.models.loading import DTYPES, load_text_stack, load_vae, resolve_model_dir
+from fastpref.models.loading import DTYPES, load_vae, resolve_model_dir
 from fastpref.models.policy import load_policy
 from fastpref.models.similarity import load_clip, resolve_clip_dir
+from fastpref.models.text import load_text_stack
 from fastpref.train.optim import build_optimizer, learning_rate_at
 
 _VAE_BATCH = 8

@@ -40,9 +40,11 @@ class Encoders:
     def text(self, captions: list[str]) -> Rows:
         """``prompt_embeds (n, L, D)``, for SDXL ``pooled_prompt_embeds (n, P)``, with CLIP ``clip_text (n, E)``."""
         if self._text_stack is None:
-            from fastpref.models.loading import load_text_stack
+            from fastpref.models.text import load_text_stack
 
-            self._text_stack = load_text_stack(self._job.model_dir, DTYPES[self._job.text_dtype], self._device)
+            job = self._job
+            dtype = DTYPES[job.text_dtype]
+            self._text_stack = load_text_stack(job.model_dir, dtype, self._device, job.max_caption_tokens)
         prompt_embeds, pooled = self._text_stack.encode(captions)
         dtype = DTYPES[self._job.text_dtype]
         rows = {"prompt_embeds": prompt_embeds.to("cpu", dtype)}

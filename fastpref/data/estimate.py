@@ -21,6 +21,7 @@ from fastpref.data.plan import Plan, check_usable, make_plan
 from fastpref.data.progress import Bars, PrepareSummary
 from fastpref.data.scan import scan_segment, segments
 from fastpref.data.sources import Source
+from fastpref.models.caption_length import BLOCKS, count_cut
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,7 @@ def estimate_bytes(
     text_dtype: str,
     posterior: bool = False,
     flips: bool = False,
+    text_blocks: int = 1,
 ) -> StoreBytes:
     """Bytes of a store.
 
@@ -67,12 +69,13 @@ def estimate_bytes(
         dtype, text_dtype: 'float32', 'float16' or 'bfloat16'.
         posterior: the VAE's std is stored too.
         flips: mirrored latents are stored too.
+        text_blocks: of a caption.
     """
     tensors = (1 + posterior) * (1 + flips)
     factor = shape.vae_scale_factor**2
     values = sum(count * shape.latent_channels * width * height // factor for (width, height), count in images.items())
     count = sum(images.values())
-    text_values = shape.text_tokens * shape.text_width + shape.pooled_width
+    text_values = text_blocks * shape.text_tokens * shape.text_width + shape.pooled_width
     return StoreBytes(
         latents=values * tensors * _ITEM_BYTES[dtype],
         text=(captions + 1) * text_values * _ITEM_BYTES[text_dtype],
@@ -107,12 +110,14 @@ def dry_run_summary(job: Job, source: Source, device: torch.device, store: Path,
         text_dtype=job.text_dtype,
         posterior=job.posterior,
         flips=job.flips,
+        text_blocks=BLOCKS[job.max_caption_tokens],
     )
     return replace(
         PrepareSummary.of_plan(plan, store, time.perf_counter() - started),
         bytes=size.total,
         buckets={f"{width}x{height}": count for (width, height), count in by_bucket.items()},
         hours=(scanned + _encode_seconds(job, source, plan, device)) / 3600,
+        cut=count_cut(job.model_dir, job.max_caption_tokens, plan.captions[1:]),
         dry_run=True,
         finished=True,
     )

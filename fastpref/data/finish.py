@@ -17,6 +17,7 @@ from fastpref.data.manifest import StoredFile, StoreManifest
 from fastpref.data.plan import Plan, check_usable, reasons
 from fastpref.data.workspace import Workspace
 from fastpref.errors import UserError
+from fastpref.models.caption_length import count_cut
 
 
 def finish(job: Job, plan: Plan, workspace: Workspace) -> StoreManifest:
@@ -134,6 +135,8 @@ def _manifest(job: Job, plan: Plan, pairs: int, rejected: list[dict[str, Any]], 
         posterior=job.posterior,
         flips=job.flips,
         ties=job.ties,
+        max_caption_tokens=job.max_caption_tokens,
+        cut=count_cut(job.model_dir, job.max_caption_tokens, plan.captions[1:]),
         shard_size=job.shard_size,
         pairs=pairs,
         images=len(plan.image_key),

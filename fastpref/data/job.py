@@ -24,7 +24,7 @@ class ModelShape:
     latent_channels: int
     scaling_factor: float
     shift_factor: float
-    text_tokens: int
+    text_tokens: int  # positions of a block
     text_width: int
     pooled_width: int  # 0 for SD1.5
     clip_width: int  # 0 without CLIP
@@ -52,6 +52,7 @@ class Job:
     shard_size: int
     batch_size: int
     max_pixels: int
+    max_caption_tokens: Literal[77, 150, 225]
     max_reject_share: float
     fingerprint: str
 
@@ -87,6 +88,8 @@ def make_job(config: Config, source: Source) -> Job:
         "max_pixels": config.max_image_pixels,
     }
     content = {"format_version": FORMAT_VERSION, "records": source.fingerprint(), **settings}
+    if config.max_caption_tokens != 77:  # stores from before the key say nothing of it
+        content["max_caption_tokens"] = config.max_caption_tokens
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return Job(
         records=config.records,
@@ -95,6 +98,7 @@ def make_job(config: Config, source: Source) -> Job:
         shape=shape,
         batch_size=config.prepare_batch_size,
         max_reject_share=config.max_reject_share,
+        max_caption_tokens=config.max_caption_tokens,
         fingerprint=fingerprint,
         **settings,
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastpref.errors import UserError
+from fastpref.models.caption_length import CutCaptions
 
 FORMAT = "fastpref-store"
 FORMAT_VERSION = 2
@@ -54,6 +55,8 @@ class StoreManifest(BaseModel):
     posterior: bool
     flips: bool
     ties: Literal["drop", "half", "keep"]
+    max_caption_tokens: Literal[77, 150, 225] = 77  # the field is younger than the format
+    cut: CutCaptions | None = None  # None: all captions fit, or nobody counted
     shard_size: int
     pairs: int
     images: int
@@ -68,13 +71,17 @@ class StoreManifest(BaseModel):
 
     def digest(self) -> str:
         """What ``sha256`` has to be."""
-        content = self.model_dump(mode="json", exclude={"sha256"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return _digest(self.model_dump(mode="json"))
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all listed files."""
         return sum(file.bytes for file in self.files.values())
+
+
+def _digest(content: dict[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def shard_name(kind: str, number: int) -> str:
@@ -107,7 +114,7 @@ def read_manifest(path: Path) -> StoreManifest:
     if manifest.format_version != FORMAT_VERSION:
         todo = f"this fastpref reads version {FORMAT_VERSION}: prepare the store again"
         raise UserError(f"the store has format version {manifest.format_version}", str(path), todo)
-    if manifest.sha256 != manifest.digest():
+    if manifest.sha256 != _digest(json.loads(text)):  # of what is written: an older store has fewer fields
         todo = "its sha256 differs: copy the store again or prepare it again with overwrite=true"
         raise UserError("the manifest is damaged", str(file), todo)
     return manifest

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     from fastpref.data.manifest import StoreManifest
     from fastpref.data.plan import Plan
+    from fastpref.models.caption_length import CutCaptions
 
 
 class Bars:
@@ -62,6 +63,7 @@ class PrepareSummary:
     bytes: int  # of the store; estimated in a dry run
     seconds: float  # this call took
     reasons: dict[str, int] = field(default_factory=dict)
+    cut: CutCaptions | None = None
     buckets: dict[str, int] = field(default_factory=dict)  # dry run: pictures by bucket
     hours: float | None = None  # dry run: estimated for the whole job on one rank
     up_to_date: bool = False
@@ -85,6 +87,7 @@ class PrepareSummary:
             bytes=manifest.total_bytes,
             seconds=seconds,
             reasons=manifest.reasons,
+            cut=manifest.cut,
             up_to_date=up_to_date,
         )
 
@@ -120,6 +123,8 @@ class PrepareSummary:
             f"  {self.pairs} pairs of {self.records} records ({', '.join(left_out)})",
             f"  {self.images} distinct pictures, {self.captions} distinct captions",
         ]
+        if self.cut is not None:
+            lines.append(f"  {self.cut}")
         lines += [f"  rejected: {reason} ({count})" for reason, count in self.reasons.items()]
         if len(self.buckets) > 1:
             lines.append("  pictures by bucket: " + ", ".join(f"{name} {n}" for name, n in self.buckets.items()))

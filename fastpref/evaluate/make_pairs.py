@@ -88,6 +88,7 @@ def pairs_from_prompts(
     """
     from fastpref.evaluate.sample import generate_pairs as draw
     from fastpref.evaluate.sample import initial_latents, latent_shape, load_policy_pipeline
+    from fastpref.models.caption_length import warn_of_cut
     from fastpref.models.loading import resolve_model_dir
 
     if not style.strip() or style.strip() == PLACEHOLDER:
@@ -103,7 +104,10 @@ def pairs_from_prompts(
         "sample_steps": config.sample_steps,
         "size": size,
     }
+    if config.max_caption_tokens != 77:  # pairs from before the key say nothing of it
+        settings["max_caption_tokens"] = config.max_caption_tokens
     settings |= {"style": style, "weights": [_files_fingerprint(path) for path in weights]}
+    warn_of_cut(model, config.max_caption_tokens, [text for job in jobs for text in (job.caption, job.winner_prompt)])
     image_format: ImageFormat = options.get("image_format", "png")
     loaded: list[Any] = []
 
@@ -118,6 +122,7 @@ def pairs_from_prompts(
             latents,
             guidance_scale=config.guidance_scale,
             sample_steps=config.sample_steps,
+            max_caption_tokens=config.max_caption_tokens,
         )
         return [
             Pair(encode_image(w, image_format), encode_image(b, image_format), job.caption, job.seed, job.winner_prompt)

@@ -23,14 +23,13 @@ from fastpref.data.records import Record, read_captions, read_records
 from fastpref.errors import UserError
 from fastpref.evaluate.runner import choose_prompts
 from fastpref.evaluate.scores import win_values
+from fastpref.models.caption_length import warn_of_cut
 from fastpref.models.latent_reward import LatentRewardModel, text_rows
 from fastpref.models.latent_reward_file import open_latent_reward
 from fastpref.models.loading import (
     DTYPES,
     NoiseSchedule,
-    TextStack,
     load_noise_schedule,
-    load_text_stack,
     load_vae,
     model_fingerprint,
     resolve_device,
@@ -40,6 +39,7 @@ from fastpref.models.one_step import OneStep, load_one_step
 from fastpref.models.policy import Conditioning
 from fastpref.models.step_preference import StepPreferenceModel
 from fastpref.models.step_preference_file import load_step_preference, resolve_step_preference
+from fastpref.models.text import TextStack, load_text_stack
 from fastpref.models.time_ids import target_time_ids
 from fastpref.models.work import Work
 from fastpref_kernels import add_keyed_noise, derive_keys
@@ -212,7 +212,7 @@ def _open_judge(config: Config, folder: Path | None) -> _Judge:
         last = schedule.num_train_timesteps - 1
         raise UserError(f"eval_timesteps has {max(config.eval_timesteps)}, the model's last is {last}", "", "lower it")
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    text = load_text_stack(model_dir, DTYPES[config.precision], device)
+    text = load_text_stack(model_dir, DTYPES[config.precision], device, config.max_caption_tokens)
     prompt, pooled = text.encode([""])
     if config.method == "lrm":
         vae = load_vae(model_dir, "fp64" if config.precision == "fp64" else config.vae_precision, device)
@@ -241,6 +241,7 @@ def _held_out(config: Config) -> Iterator[Pair]:
 
         records = str(HELDOUT_PARQUET)
     chosen = set(choose_prompts(read_captions(records), config.eval_prompts))
+    warn_of_cut(resolve_model_dir(config.model), config.max_caption_tokens, chosen)
     for record in read_records(records):
         if not isinstance(record, Record) or record.label == 0.5 or record.caption.strip() not in chosen:
             continue

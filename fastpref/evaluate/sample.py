@@ -19,8 +19,10 @@ from fastpref.atomic import check_writable
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.evaluate.sheets import contact_sheet, save_png, slugs
+from fastpref.models.caption_length import warn_of_cut
 from fastpref.models.loading import DTYPES, load_pipeline, load_unet, resolve_device, resolve_model_dir
 from fastpref.models.prompt_book import prompt_id
+from fastpref.models.text import TextStack
 from fastpref.models.timesteps import sampling_scheduler
 from fastpref.models.work import Work
 from fastpref_kernels import derive_keys, keyed_noise
@@ -59,6 +61,7 @@ def generate(
     sample_steps: int,
     batch_size: int,
     size: int | None = None,
+    max_caption_tokens: int = 77,
     progress: bool = False,
     work: Work | None = None,
 ) -> list[Picture]:
@@ -70,17 +73,19 @@ def generate(
         sample_steps: DDIM steps.
         batch_size: pictures at once; with guidance the UNet sees twice as many rows. It does not change the pictures.
         size: height and width in pixels; None: the model's own.
+        max_caption_tokens: 77, 150 or 225; see :mod:`fastpref.models.text`.
         progress: draw a progress bar.
         work: gets the rows counted.
     """
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
     texts, numbers = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
     shape, images = latent_shape(pipeline, size), []
+    stack = TextStack.of_pipeline(pipeline, max_caption_tokens)
     with _ddim(pipeline), _counted(pipeline, work or Work()):
         for start in _steps(len(pairs), batch_size, progress):
             part = slice(start, start + batch_size)
             latents = initial_latents(texts[part], numbers[part], shape)
-            images += _draw(pipeline, texts[part], latents, guidance_scale, sample_steps)
+            images += _draw(pipeline, stack, texts[part], latents, guidance_scale, sample_steps)
     return [Picture(prompt, seed, image) for (prompt, seed), image in zip(pairs, images, strict=True)]
 
 
@@ -92,18 +97,26 @@ def generate_pairs(
     *,
     guidance_scale: float,
     sample_steps: int,
+    max_caption_tokens: int = 77,
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """Pictures of two prompts each from one noise: ``first[i]`` and ``second[i]`` from ``latents[i]``, in one batch."""
+    stack = TextStack.of_pipeline(pipeline, max_caption_tokens)
+    both = torch.cat([latents, latents])
     with _ddim(pipeline):
-        images = _draw(pipeline, [*first, *second], torch.cat([latents, latents]), guidance_scale, sample_steps)
+        images = _draw(pipeline, stack, [*first, *second], both, guidance_scale, sample_steps)
     return images[: len(first)], images[len(first) :]
 
 
 def _draw(
-    pipeline: Any, prompts: Sequence[str], latents: torch.Tensor, guidance_scale: float, sample_steps: int
+    pipeline: Any,
+    stack: TextStack,
+    prompts: Sequence[str],
+    latents: torch.Tensor,
+    guidance_scale: float,
+    sample_steps: int,
 ) -> list[Image.Image]:
     images: list[Image.Image] = pipeline(
-        prompt=list(prompts),
+        **prompt_arguments(pipeline, stack, prompts, guided=guidance_scale > 1),
         latents=latents.to(pipeline.device, pipeline.dtype),
         height=latents.shape[2] * pipeline.vae_scale_factor,
         width=latents.shape[3] * pipeline.vae_scale_factor,
@@ -113,6 +126,19 @@ def _draw(
         output_type="pil",
     ).images
     return images
+
+
+def prompt_arguments(pipeline: Any, stack: TextStack, prompts: Sequence[str], *, guided: bool) -> dict[str, Any]:
+    """What a call of the pipeline takes in place of ``prompt``; with one block a prompt, bit for bit the same."""
+    embeds, pooled = stack.encode(prompts)
+    found = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    if guided:
+        if pooled is not None and pipeline.config.force_zeros_for_empty_prompt:
+            embeds, pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
+        else:
+            embeds, pooled = stack.encode([""] * len(prompts))
+        found |= {"negative_prompt_embeds": embeds, "negative_pooled_prompt_embeds": pooled}
+    return {name: rows for name, rows in found.items() if rows is not None}
 
 
 def load_policy_pipeline(config: Config, *, lora: Path | None = None, unet: Path | None = None) -> Any:
@@ -180,6 +206,7 @@ def run_sample(
         raise UserError(f"size is {size}", "sample", "use a multiple of 8")
     prompts, seeds = list(dict.fromkeys(prompts)), list(dict.fromkeys(seeds))
     check_writable(out_dir)
+    warn_of_cut(resolve_model_dir(config.model), config.max_caption_tokens, prompts)
     pipeline = load_policy_pipeline(config, lora=lora, unet=unet)
     pictures = generate(
         pipeline,
@@ -189,6 +216,7 @@ def run_sample(
         sample_steps=config.sample_steps,
         batch_size=config.eval_batch_size,
         size=size,
+        max_caption_tokens=config.max_caption_tokens,
         progress=progress,
         work=work,
     )

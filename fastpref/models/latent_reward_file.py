@@ -41,6 +41,7 @@ class LatentRewardConfig(BaseModel):
     guidance_scale: float = Field(ge=1)
     sizes: list[tuple[int, int]] = Field(min_length=1)  # (height, width) in pixels of the pictures trained on
     model_fingerprint: str  # of the VAE, the text encoders and the tokenizers
+    max_caption_tokens: Literal[77, 150, 225] = 77
 
     @property
     def channels(self) -> int:
@@ -74,6 +75,7 @@ def open_latent_reward(
     """
     family = model_family(model_dir)
     facts: dict[str, Any] = {"text_width": text_width, "sizes": sizes, "model_fingerprint": model_fingerprint}
+    facts["max_caption_tokens"] = config.max_caption_tokens
     if config.scorer is not None:
         model, own = load_latent_reward(Path(config.scorer), device=device, dtype=dtype)
         check_latent_reward(own, config.scorer, family=family, channels=own.channels, **facts)
@@ -148,6 +150,7 @@ def check_latent_reward(
     text_width: int,
     sizes: list[tuple[int, int]],
     model_fingerprint: str,
+    max_caption_tokens: int,
 ) -> None:
     """Raise :class:`UserError` unless the model judges latents of this family, VAE, prompt encoding and size."""
     if config.family != family:
@@ -164,6 +167,10 @@ def check_latent_reward(
         (height, width), (h, w) = strange[0], config.sizes[0]
         what = f"the latent reward model was trained on pictures of {w}x{h} pixels, these are of {width}x{height}"
         raise UserError(what, str(where), f"set resolution={h} or train one at this size")
+    if config.max_caption_tokens != max_caption_tokens:
+        own = config.max_caption_tokens
+        what = f"the latent reward model was trained with max_caption_tokens={own}, not {max_caption_tokens}"
+        raise UserError(what, str(where), f"set max_caption_tokens={own} or train one with method=lrm")
     if config.model_fingerprint != model_fingerprint:
         what = "the latent reward model was trained with another VAE or other text encoders"
         raise UserError(what, str(where), "train one for this model with method=lrm")

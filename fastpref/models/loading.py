@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -110,58 +109,6 @@ def resolve_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda but torch sees none", "device", "use device=cpu or a CUDA build of torch")
     return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
-
-
-@dataclass
-class TextStack:
-    """Tokenizers and text encoders of one pipeline, ready to encode."""
-
-    family: Family
-    tokenizers: list[Any]
-    encoders: list[Any]
-    device: torch.device
-    rows: int = 0
-
-    @torch.no_grad()
-    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Captions to what the UNet attends to, as the diffusers pipelines compute it.
-
-        Returns:
-            ``prompt_embeds (n, L, D)`` and, for SDXL, ``pooled_prompt_embeds (n, P)``, in the encoders' dtype.
-        """
-        hidden, pooled = [], None
-        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-            tokens = tokenizer(
-                captions,
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            output = encoder(tokens.input_ids.to(self.device), output_hidden_states=self.family == "sdxl")
-            if self.family == "sdxl":
-                hidden.append(output.hidden_states[-2])
-                pooled = output[0]
-            else:
-                hidden.append(output[0])
-        self.rows += len(captions)
-        return torch.cat(hidden, dim=-1), pooled
-
-
-def load_text_stack(path: Path, dtype: torch.dtype, device: torch.device) -> TextStack:
-    """The text side of a pipeline folder."""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    family = model_family(path)
-    parts: list[tuple[str, Any]] = [("", CLIPTextModel)]
-    if family == "sdxl":
-        parts.append(("_2", CLIPTextModelWithProjection))
-    tokenizers, encoders = [], []
-    for suffix, kind in parts:
-        tokenizers.append(_open(partial(CLIPTokenizer.from_pretrained, path / f"tokenizer{suffix}"), path))
-        encoder = _open(partial(kind.from_pretrained, path / f"text_encoder{suffix}", dtype=dtype), path)
-        encoders.append(encoder.to(device).eval().requires_grad_(False))
-    return TextStack(family, tokenizers, encoders, device)
 
 
 def load_vae(path: Path, precision: str, device: torch.device) -> AutoencoderKL:

@@ -10,8 +10,9 @@ import torch
 
 from fastpref.memory import moved
 from fastpref.models.guidance import empty_conditioning
-from fastpref.models.loading import TextStack, model_family
+from fastpref.models.loading import model_family
 from fastpref.models.policy import Conditioning
+from fastpref.models.text import TextStack
 from fastpref.models.time_ids import target_time_ids
 from fastpref.models.work import Work
 
@@ -24,7 +25,7 @@ class PromptBook:
 
     Args:
         size: (height, width) in pixels of the pictures to be drawn; SDXL is told.
-        work: ``text_forwards`` counts the captions encoded.
+        work: ``text_forwards`` counts the blocks encoded.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class PromptBook:
     def _learn(self, prompts: list[str]) -> None:
         for prompt in prompts:
             embeds, pooled = self.texts.encode([prompt])
-            self.work.text_forwards += 1
+            self.work.text_forwards += self.texts.blocks
             self._known[prompt] = embeds[0].cpu(), None if pooled is None else pooled[0].cpu()
 
 

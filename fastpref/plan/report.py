@@ -16,6 +16,7 @@ from fastpref.config import Config, parse_config
 from fastpref.config_rules import SCORER_METHODS, STEPWISE_METHODS
 from fastpref.errors import UserError
 from fastpref.memory import resident_bytes
+from fastpref.models.caption_length import BLOCKS
 from fastpref.models.loading import _read_json, resolve_model_dir, vae_scale_factor
 from fastpref.plan.cost import Batch, flops, store_line, traffic_bytes
 from fastpref.plan.count import Shapes, StepCount, count_step
@@ -131,14 +132,15 @@ def _named(changes: dict[str, object], gpus: int) -> str:
 
 
 def _shapes(config: Config, family: str | None) -> Shapes:
+    blocks = BLOCKS[config.max_caption_tokens]
     if family is not None and not _here(config):
         side, unet = config.resolution // 8, dict(PUBLIC[family])
-        return Shapes(unet, (4, side, side), 77)
+        return Shapes(unet, (4, side, side), 77 * blocks)
     folder = resolve_model_dir(config.model)
     unet = _read_json(folder / "unet" / "config.json")
     side = config.resolution // vae_scale_factor(folder)
     tokens = _read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77)
-    return Shapes(unet, (int(unet.get("in_channels", 4)), side, side), int(tokens))
+    return Shapes(unet, (int(unet.get("in_channels", 4)), side, side), int(tokens) * blocks)
 
 
 def _process_bytes(config: Config) -> int:

@@ -130,6 +130,7 @@ def _open_latent(
         text_width=(example.prompt_embeds if pooled is None else pooled).shape[-1],
         sizes=[book.size],
         model_fingerprint=model_fingerprint(model_dir),
+        max_caption_tokens=config.max_caption_tokens,
     )
     return LatentScorer(model.requires_grad_(False), book, work)
 

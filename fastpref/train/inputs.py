@@ -16,9 +16,13 @@ from fastpref.rollout.pool import PoolSampler
 
 
 def open_store(config: Config, model_dir: Path) -> Store:
-    """The recipe's store; refused if it was made for another model."""
+    """The recipe's store; refused if it was made for another model or another length of captions."""
     store = Store.open(Path(config.store))
     store.check_model(model_fingerprint(model_dir), model_family(model_dir))
+    held, wanted = store.manifest.max_caption_tokens, config.max_caption_tokens
+    if held != wanted:
+        todo = f"set max_caption_tokens={held}, or prepare a store with {wanted}"
+        raise UserError(f"the store was prepared with max_caption_tokens={held}, not {wanted}", config.store, todo)
     return store
 
 

@@ -86,6 +86,8 @@ class TrainJob:
         device = resolve_device(config.device)
         trainer = _open_trainer(config, model_dir, device, world)
         console = console or Console(stderr=True, quiet=not world.is_main)
+        for warning in trainer.warnings() if world.is_main else ():
+            console.print(warning, style="yellow", markup=False, soft_wrap=True)
         return cls(config, model_dir, device, trainer, began, console, world)
 
     def run(self, run_dir: Path) -> dict[str, Any]:

@@ -26,9 +26,11 @@ from torch import Tensor
 from fastpref.config import Config
 from fastpref.data.sampling import Sampler, permute
 from fastpref.errors import UserError
-from fastpref.models.loading import DTYPES, load_text_stack, vae_scale_factor
+from fastpref.models.caption_length import count_cut
+from fastpref.models.loading import DTYPES, resolve_model_dir, vae_scale_factor
 from fastpref.models.policy import Policy, load_policy
 from fastpref.models.prompt_book import PromptBook
+from fastpref.models.text import load_text_stack
 from fastpref.models.work import Work
 from fastpref.rollout.collect import Collector, Round, gap_quantiles
 from fastpref.rollout.record import RoundRecord
@@ -60,7 +62,7 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device, world: W
     schedule, work = open_schedule(config, model_dir), Work()
     sampler = open_pool_sampler(config, model_dir, schedule)
     policy = load_policy(config, model_dir, device, needs_reference=True)
-    texts = load_text_stack(model_dir, DTYPES[config.precision], device)
+    texts = load_text_stack(model_dir, DTYPES[config.precision], device, config.max_caption_tokens)
     side = config.resolution // vae_scale_factor(model_dir)
     book = PromptBook(texts, model_dir, (config.resolution, config.resolution), device, work)
     scorer = open_scorer(config, model_dir, device, sampler.score_timesteps, book, work)
@@ -106,6 +108,11 @@ class StepwiseTrainer(PolicyTrainer):
 
     def describe(self) -> str:
         return f"{len(self.prompts)} prompts"
+
+    def warnings(self) -> list[str]:
+        model_dir, length = resolve_model_dir(self.config.model), self.config.max_caption_tokens
+        cut = count_cut(model_dir, length, self.prompts)
+        return [] if cut is None else [f"{cut}"]
 
     def begin(self, run_dir: Path, watch: Watch) -> None:
         self.record = RoundRecord(run_dir, writes=self.engine.world.is_main)

@@ -75,6 +75,10 @@ class Trainer(ABC):
     def describe(self) -> str:
         """What it trains on, e.g. '652 pairs'."""
 
+    def warnings(self) -> list[str]:
+        """Lines about the data that the user should read before the training starts."""
+        return []
+
     def micro_batches(self, pairs: int) -> list[slice]:
         """This rank's part of ``pairs``, cut into forwards; every rank gets as many.
 

@@ -26,8 +26,9 @@ from fastpref.models.latent_reward_file import (
     open_latent_reward,
     save_latent_reward,
 )
-from fastpref.models.loading import load_text_stack, load_unet
+from fastpref.models.loading import load_unet
 from fastpref.models.policy import Conditioning
+from fastpref.models.text import load_text_stack
 
 CAPTIONS = ["a red cat on the moon", "blue heart", " ".join(["yellow dog"] * 60)]
 CPU = torch.device("cpu")
@@ -237,11 +238,13 @@ def test_a_damaged_or_foreign_folder_is_one_line(sdxl: Path, tmp_path: Path, dam
         ({"text_width": 1280}, "the model has 4 and 1280"),
         ({"sizes": [(16, 16), (16, 24)]}, "pictures of 16x16 pixels, these are of 24x16"),
         ({"model_fingerprint": "0" * 64}, "another VAE or other text encoders"),
+        ({"max_caption_tokens": 150}, "trained with max_caption_tokens=77, not 150"),
     ],
 )
 def test_a_model_for_other_latents_is_refused(sdxl: Path, other: dict[str, Any], says: str) -> None:
     _, facts = opened(sdxl)
     own = {"family": "sdxl", "channels": 4, "text_width": 32, "sizes": [(16, 16)], "model_fingerprint": "f" * 64}
+    own["max_caption_tokens"] = 77
     check_latent_reward(facts, "lrm", **own)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=says) as error:
         check_latent_reward(facts, "lrm", **(own | other))  # type: ignore[arg-type]

@@ -12,9 +12,10 @@ from diffusers import DDIMScheduler
 
 from fastpref.config import load_config
 from fastpref.models.guidance import guided
-from fastpref.models.loading import load_noise_schedule, load_text_stack
+from fastpref.models.loading import load_noise_schedule
 from fastpref.models.policy import Policy, load_policy
 from fastpref.models.prompt_book import PromptBook, prompt_id
+from fastpref.models.text import load_text_stack
 from fastpref.models.timesteps import denoising_steps
 from fastpref.models.work import Work
 from fastpref.rollout.pool import Pool, PoolSampler, roll_out

@@ -15,7 +15,7 @@ from fastpref.config import Config, load_config
 from fastpref.errors import UserError
 from fastpref.models.latent_reward import text_rows
 from fastpref.models.latent_reward_file import load_latent_reward, open_latent_reward, save_latent_reward
-from fastpref.models.loading import DTYPES, load_text_stack, load_vae, model_fingerprint
+from fastpref.models.loading import DTYPES, load_vae, model_fingerprint
 from fastpref.models.one_step import LatentDecoder
 from fastpref.models.prompt_book import PromptBook
 from fastpref.models.step_preference_file import (
@@ -24,6 +24,7 @@ from fastpref.models.step_preference_file import (
     resolve_step_preference,
     save_step_preference,
 )
+from fastpref.models.text import load_text_stack
 from fastpref.models.work import Work
 from fastpref.rollout.scorers import import_callable, open_scorer
 from fastpref.rollout.step_scorers import CallableScorer, LatentScorer, PreferenceScorer, agreement
