@@ -31,14 +31,14 @@ class CutCaptions(BaseModel):
 
     def __str__(self) -> str:
         """One line: how many, what it does, and the key that changes it."""
-        verb = "caption is" if self.cut == 1 else "captions are"
+        verb = "is" if self.cut == 1 else "are"
         same = f", {self.alike} of them to the same text as another caption" if self.alike else ""
         hint = "shorten them"
         if self.key is not None:
             taken = "them whole" if self.takes >= self.longest else f"the first {self.takes}"
             hint = f"max_caption_tokens={self.key} takes {taken}"
         return (
-            f"{self.cut} of {self.captions} {verb} cut after {self.room} tokens{same} (the longest has "
+            f"{self.cut} of {self.captions} captions {verb} cut after {self.room} tokens{same} (the longest has "
             f"{self.longest}): {hint}"
         )
 
@@ -57,7 +57,9 @@ def cut_captions(tokenizers: Sequence[BlockTokenizer], captions: Sequence[str]) 
     for row, tokenizer in enumerate(tokenizers):
         for start in range(0, len(doubtful), _BATCH):
             part = doubtful[start : start + _BATCH]
-            found = tokenizer.tokenizer(part, add_special_tokens=False, return_attention_mask=False).input_ids
+            found = tokenizer.tokenizer(
+                part, add_special_tokens=False, return_attention_mask=False, verbose=False
+            ).input_ids
             for at, ids in enumerate(found, start):
                 lengths[row, at] = len(ids)
                 whole[row, at], kept[row, at] = hash(tuple(ids)), hash(tuple(ids[: tokenizer.room]))
