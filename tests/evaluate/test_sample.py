@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,11 +21,13 @@ from fastpref.evaluate.sample import (
     run_sample,
 )
 from fastpref.models.loading import load_unet
+from fastpref.models.text import load_text_stack
 from fastpref.models.timesteps import sampling_scheduler
 from fastpref.models.work import Work
 
 PROMPTS = ["a red cat", "blue heart in green circle", "yellow dog"]
 SHAPE = (4, 8, 8)
+_STEPS: dict[str, Any] = {"guidance_scale": 3.0, "sample_steps": 3}
 
 
 def _config(model: Path, **settings: object) -> object:
@@ -94,6 +97,40 @@ def test_a_plain_diffusers_user_gets_the_same_picture(
     bare = generate(load_policy_pipeline(config), PROMPTS[:1], [0], guidance_scale=3.0, sample_steps=3, batch_size=1)
     assert np.abs(_pixels(bare[0].image) - _pixels(images[0])).max() > 5
     assert (tmp_path / "out" / "contact_sheet.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd15"])
+def test_long_prompts_are_drawn_as_a_plain_diffusers_user_draws_these_embeddings(
+    models: dict[str, Path], loras: dict[str, Path], tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two blocks of the tiny tokenizer's 14 tokens: 20, 3 and 30 tokens, the last of which is cut."""
+    prompts = ["a red cat on the moon blue heart in green circle yellow dog " * n + "hat" for n in (1, 0, 3)]
+    prompts[0] += " with white hat and the sun"
+    config = _config(models[family], max_caption_tokens=150)
+    files = run_sample(config, prompts, [0], loras[family], None, tmp_path / "out", progress=False)
+    said = capsys.readouterr().err
+    assert (
+        said == "1 of 3 captions is cut after 28 tokens (the longest has 40): max_caption_tokens=225 takes them whole\n"
+    )
+    pipe = DiffusionPipeline.from_pretrained(models[family])
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(loras[family].parent)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    stack = load_text_stack(models[family], torch.float32, torch.device("cpu"), 150)
+    given = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), stack.encode(prompts), strict=True))
+    none = stack.encode([""] * 3)
+    if family == "sdxl":  # the folder forces zeros for no prompt
+        given["negative_prompt_embeds"], given["negative_pooled_prompt_embeds"] = map(torch.zeros_like, none)
+    else:
+        del given["pooled_prompt_embeds"]
+        given["negative_prompt_embeds"] = none[0]
+    assert given["prompt_embeds"].shape[1] == 32
+    latents = initial_latents(prompts, [0] * 3, SHAPE)
+    images = pipe(**given, latents=latents, guidance_scale=3.0, num_inference_steps=3, eta=0.0).images
+    for file, image in zip(files, images, strict=True):
+        assert np.array_equal(_pixels(Image.open(file)), _pixels(image))
+    short = generate(load_policy_pipeline(config, lora=loras[family]), prompts, [0], **_STEPS, batch_size=3)
+    assert np.abs(_pixels(short[0].image) - _pixels(images[0])).max() > 0
 
 
 def test_another_unet_folder_is_used(models: dict[str, Path], tmp_path: Path) -> None:
