@@ -52,7 +52,7 @@ class LiteralOffline:
         self.trained = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(config, self.trained)
         self.vae: Any = load_vae(folder, "fp64" if config.precision == "fp64" else config.vae_precision, device)
-        self.texts = load_text_stack(folder, frozen, device)
+        self.texts = load_text_stack(folder, frozen, device, config.max_caption_tokens)
         self.clip = load_clip(resolve_clip_dir(str(config.clip))) if config.method == "rpo" else None
         self.noising = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         source = open_records(config.records)

@@ -99,6 +99,7 @@ def dry_run_summary(job: Job, source: Source, device: torch.device, store: Path,
     plan = make_plan(tables, job.buckets)
     check_usable(plan.rejected, len(plan.record), plan.records, job.max_reject_share, job.records)
     scanned = time.perf_counter() - started
+    measured = bars.add("captions measured", len(plan.captions) - 1)
     numbers, counts = np.unique(plan.image_bucket, return_counts=True)
     by_bucket = {plan.buckets[number]: int(count) for number, count in zip(numbers, counts, strict=True)}
     size = estimate_bytes(
@@ -117,7 +118,7 @@ def dry_run_summary(job: Job, source: Source, device: torch.device, store: Path,
         bytes=size.total,
         buckets={f"{width}x{height}": count for (width, height), count in by_bucket.items()},
         hours=(scanned + _encode_seconds(job, source, plan, device)) / 3600,
-        cut=count_cut(job.model_dir, job.max_caption_tokens, plan.captions[1:]),
+        cut=count_cut(job.model_dir, job.max_caption_tokens, plan.captions[1:], measured),
         dry_run=True,
         finished=True,
     )

@@ -17,11 +17,14 @@ from fastpref.data.manifest import StoredFile, StoreManifest
 from fastpref.data.plan import Plan, check_usable, reasons
 from fastpref.data.workspace import Workspace
 from fastpref.errors import UserError
-from fastpref.models.caption_length import count_cut
+from fastpref.models.caption_length import CutCaptions
 
 
-def finish(job: Job, plan: Plan, workspace: Workspace) -> StoreManifest:
+def finish(job: Job, plan: Plan, workspace: Workspace, cut: CutCaptions | None) -> StoreManifest:
     """Turn a directory of finished shards into a store.
+
+    Args:
+        cut: see :func:`fastpref.models.caption_length.count_cut`.
 
     Raises:
         UserError: too many records were rejected while encoding, or none is left.
@@ -39,7 +42,7 @@ def finish(job: Job, plan: Plan, workspace: Workspace) -> StoreManifest:
     files[manifest.PAIRS] = write_table(workspace.path / manifest.PAIRS, _pairs(plan, usable))
     files[manifest.IMAGES] = write_table(workspace.path / manifest.IMAGES, _images(job, plan, image_rows))
     files[manifest.CAPTIONS] = write_table(workspace.path / manifest.CAPTIONS, _captions(job, plan, text_rows))
-    result = _manifest(job, plan, int(usable.sum()), rejected, files)
+    result = _manifest(job, plan, int(usable.sum()), rejected, files, cut)
     write_json(workspace.path / manifest.MANIFEST, result.model_dump(mode="json"))
     workspace.remove_work()
     return result
@@ -118,7 +121,9 @@ def _captions(job: Job, plan: Plan, rows: np.ndarray) -> pa.Table:
     return pa.table({"caption": pa.array(plan.captions, pa.string()), "shard": shard, "row": rows})
 
 
-def _manifest(job: Job, plan: Plan, pairs: int, rejected: list[dict[str, Any]], files: dict[str, Any]) -> StoreManifest:
+def _manifest(
+    job: Job, plan: Plan, pairs: int, rejected: list[dict[str, Any]], files: dict[str, Any], cut: CutCaptions | None
+) -> StoreManifest:
     made = StoreManifest(
         fingerprint=job.fingerprint,
         records=job.records,
@@ -136,7 +141,7 @@ def _manifest(job: Job, plan: Plan, pairs: int, rejected: list[dict[str, Any]], 
         flips=job.flips,
         ties=job.ties,
         max_caption_tokens=job.max_caption_tokens,
-        cut=count_cut(job.model_dir, job.max_caption_tokens, plan.captions[1:]),
+        cut=cut,
         shard_size=job.shard_size,
         pairs=pairs,
         images=len(plan.image_key),

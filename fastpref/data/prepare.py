@@ -27,6 +27,7 @@ from fastpref.data.records import open_records
 from fastpref.data.scan import scan_segment, segments
 from fastpref.data.sources import Source
 from fastpref.data.workspace import Ranks, Workspace
+from fastpref.models.caption_length import count_cut
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +93,9 @@ def _run(
     _encode(job, source, plan, workspace, device, bars)
     if workspace.ranks.rank == 0:
         workspace.wait_for([file for kind in ("text", "image") for file in _journals(workspace, plan, job, kind)])
-        result = finish(job, plan, workspace)
+        advance = bars.add("captions measured", len(plan.captions) - 1, workspace.beat)
+        cut = count_cut(job.model_dir, job.max_caption_tokens, plan.captions[1:], advance)
+        result = finish(job, plan, workspace, cut)
         return PrepareSummary.of_manifest(result, workspace.path, time.perf_counter() - started)
     return PrepareSummary.of_plan(plan, workspace.path, time.perf_counter() - started)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fastpref.models.text import BlockTokenizer
 
 BLOCKS = {77: 1, 150: 2, 225: 3}  # of a caption, by max_caption_tokens; see fastpref.models.text
-_BATCH = 1024  # captions a call of a tokenizer
+_CAPTIONS, _CHARACTERS = 1024, 1 << 20  # a call of a tokenizer takes at most, but one caption at least
 
 
 class CutCaptions(BaseModel):
@@ -43,26 +43,31 @@ class CutCaptions(BaseModel):
         )
 
 
-def cut_captions(tokenizers: Sequence[BlockTokenizer], captions: Sequence[str]) -> CutCaptions | None:
+def cut_captions(
+    tokenizers: Sequence[BlockTokenizer], captions: Sequence[str], advance: Callable[[int], None] | None = None
+) -> CutCaptions | None:
     """Count the captions that do not fit, for a model's one or two tokenizers; None if all fit.
 
     Args:
         captions: distinct ones. A caption is tokenised only if it is long enough not to fit: a token covers at least
             one character of ASCII.
+        advance: called after every few captions with their number.
     """
     room = min(tokenizer.room for tokenizer in tokenizers)
     doubtful = [caption for caption in captions if len(caption) >= room or not caption.isascii()]
     lengths = np.zeros((len(tokenizers), len(doubtful)), np.int64)
     whole, kept = (np.zeros((len(tokenizers), len(doubtful)), np.int64) for _ in range(2))  # hashes of tokens
-    for row, tokenizer in enumerate(tokenizers):
-        for start in range(0, len(doubtful), _BATCH):
-            part = doubtful[start : start + _BATCH]
+    advance = advance or (lambda _: None)
+    advance(len(captions) - len(doubtful))
+    for start, part in _parts(doubtful):
+        for row, tokenizer in enumerate(tokenizers):
             found = tokenizer.tokenizer(
                 part, add_special_tokens=False, return_attention_mask=False, verbose=False
             ).input_ids
             for at, ids in enumerate(found, start):
                 lengths[row, at] = len(ids)
                 whole[row, at], kept[row, at] = hash(tuple(ids)), hash(tuple(ids[: tokenizer.room]))
+        advance(len(part))
     too_long = (lengths > np.asarray([[tokenizer.room] for tokenizer in tokenizers])).any(axis=0)
     if not too_long.any():
         return None
@@ -79,11 +84,16 @@ def cut_captions(tokenizers: Sequence[BlockTokenizer], captions: Sequence[str]) 
     )
 
 
-def count_cut(model_dir: Path, max_caption_tokens: int, captions: Iterable[str]) -> CutCaptions | None:
+def count_cut(
+    model_dir: Path,
+    max_caption_tokens: int,
+    captions: Iterable[str],
+    advance: Callable[[int], None] | None = None,
+) -> CutCaptions | None:
     """:func:`cut_captions` of the distinct ones among ``captions``, by the tokenizers of a pipeline folder."""
     from fastpref.models.text import load_block_tokenizers
 
-    return cut_captions(load_block_tokenizers(model_dir, max_caption_tokens), list(dict.fromkeys(captions)))
+    return cut_captions(load_block_tokenizers(model_dir, max_caption_tokens), list(dict.fromkeys(captions)), advance)
 
 
 def warn_of_cut(model_dir: Path, max_caption_tokens: int, captions: Iterable[str]) -> None:
@@ -92,6 +102,18 @@ def warn_of_cut(model_dir: Path, max_caption_tokens: int, captions: Iterable[str
 
     if found := count_cut(model_dir, max_caption_tokens, captions):
         Console(stderr=True).print(f"{found}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _parts(captions: list[str]) -> Iterator[tuple[int, list[str]]]:
+    """Consecutive captions and the number of the first: a caption may be a book."""
+    start, characters = 0, 0
+    for at, caption in enumerate(captions):
+        if at > start and (at - start == _CAPTIONS or characters + len(caption) > _CHARACTERS):
+            yield start, captions[start:at]
+            start, characters = at, 0
+        characters += len(caption)
+    if captions:
+        yield start, captions[start:]
 
 
 def _joined(whole: np.ndarray, kept: np.ndarray) -> np.ndarray:

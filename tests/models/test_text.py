@@ -11,6 +11,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from fastpref.emoji.random_models import WORDS, text_config
 from fastpref.emoji.tokenizer import train_tokenizer
+from fastpref.models import caption_length
 from fastpref.models.caption_length import BLOCKS, CutCaptions, count_cut, cut_captions
 from fastpref.models.loading import load_pipeline
 from fastpref.models.text import BlockTokenizer, TextStack, load_text_stack
@@ -118,7 +119,9 @@ def test_the_empty_prompt_is_the_empty_block_over_and_over(stacks: dict[str, Tex
 
 
 @pytest.mark.parametrize("key", [77, 150])
-def test_cut_captions_are_counted_as_by_hand(stacks: dict[str, TextStack], key: int) -> None:
+def test_cut_captions_are_counted_as_by_hand(
+    stacks: dict[str, TextStack], key: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Few different words, so that many captions share their first tokens, some differing behind the cut only."""
     stack, room = stacks["sdxl"], 75 * BLOCKS[key]
     rng = random.Random(key)
@@ -132,7 +135,10 @@ def test_cut_captions_are_counted_as_by_hand(stacks: dict[str, TextStack], key: 
     cut = [t for t in tokens if len(t) > room]
     alike = [t for t in cut if any(o[:room] == t[:room] and o != t for o in tokens)]
     tokenizers = [BlockTokenizer(t, 77, BLOCKS[key]) for t in stack.tokenizers]
-    found = cut_captions(tokenizers, captions)
+    monkeypatch.setattr(caption_length, "_CHARACTERS", 3000)
+    advanced: list[int] = []
+    found = cut_captions(tokenizers, captions, advanced.append)
+    assert sum(advanced) == len(captions) and len(advanced) > 5
     assert found is not None and 0 < len(alike) < len(cut) < len(captions)
     seen = (found.captions, found.cut, found.alike, found.longest, found.room)
     assert seen == (len(captions), len(cut), len(alike), max(map(len, tokens)), room)
