@@ -206,7 +206,8 @@ class Config(BaseModel):
     clip: str | None = Field(None, description="CLIP folder for RPO's embeddings, spm and spo; 'emoji' is bundled")
     max_reject_share: float = Field(0.05, ge=0, le=1, description="prepare fails above this share of bad records")
     max_caption_tokens: Literal[77, 150, 225] = Field(
-        77, description="cut captions there; 150, 225: encode 2, 3 blocks of 75 tokens; as the store, drawing included"
+        77,
+        description="longer captions are cut; 150, 225: encode them in 2, 3 blocks of 75, training and drawing alike",
     )
     shard_size: int = Field(1024, ge=1, description="rows in a shard of the store")
     prepare_batch_size: int = Field(16, ge=1, description="images, captions or (ledger) pairs a call")

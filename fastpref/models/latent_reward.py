@@ -142,7 +142,8 @@ def without_up_blocks(unet: Any) -> Any:
 def text_rows(conditioning: Conditioning, captions: Sequence[str], tokenizer: Any) -> Tensor:
     """(n, E): what the text encoder says of each caption as a whole.
 
-    SDXL: the pooled row. SD1.5: the row of the first end-of-text token, which CLIP pools; ``tokenizer`` finds it.
+    SDXL: the pooled row. SD1.5: the row of the first end-of-text token, which CLIP pools; ``tokenizer`` finds it. Of a
+    caption in several blocks both are those of the first.
     """
     if conditioning.pooled_prompt_embeds is not None:
         return conditioning.pooled_prompt_embeds

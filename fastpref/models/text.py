@@ -94,7 +94,7 @@ class TextStack:
         """
         hidden, pooled = [], None
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-            length = block_length(tokenizer, encoder.config.max_position_embeddings)
+            length = _length(tokenizer, encoder.config.max_position_embeddings)
             ids = BlockTokenizer(tokenizer, length, self.blocks).token_ids(captions)
             output = encoder(ids.flatten(0, 1).to(self.device), output_hidden_states=self.family == "sdxl")
             if self.family == "sdxl":
@@ -123,17 +123,8 @@ def load_text_stack(path: Path, dtype: torch.dtype, device: torch.device, max_ca
 
 def load_block_tokenizers(path: Path, max_caption_tokens: int) -> list[BlockTokenizer]:
     """The tokenizers of a pipeline folder alone; no weights are read."""
-    found = []
-    for suffix in _suffixes(path):
-        positions = _read_json(path / f"text_encoder{suffix}" / "config.json").get("max_position_embeddings", 77)
-        tokenizer = _tokenizer(path, suffix)
-        found.append(BlockTokenizer(tokenizer, block_length(tokenizer, positions), BLOCKS[max_caption_tokens]))
-    return found
-
-
-def block_length(tokenizer: Any, positions: int) -> int:
-    """Positions of a block: what the tokenizer's files say, and no more than the encoder has."""
-    return min(int(tokenizer.model_max_length), int(positions))
+    tokenizers = [_tokenizer(path, suffix) for suffix in _suffixes(path)]
+    return [BlockTokenizer(own, own.model_max_length, BLOCKS[max_caption_tokens]) for own in tokenizers]
 
 
 def _suffixes(path: Path) -> Iterable[str]:
@@ -147,4 +138,11 @@ def _tokenizer(path: Path, suffix: str) -> Any:
     if None in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         todo = "copy the tokenizer's files from the base model again"
         raise UserError("the tokenizer has no start, end or padding token", str(path / f"tokenizer{suffix}"), todo)
+    positions = _read_json(path / f"text_encoder{suffix}" / "config.json").get("max_position_embeddings", 77)
+    tokenizer.model_max_length = _length(tokenizer, positions)
     return tokenizer
+
+
+def _length(tokenizer: Any, positions: int) -> int:
+    """Of a block: what the tokenizer's files say, which may be nothing, and no more than the encoder's positions."""
+    return min(int(tokenizer.model_max_length), int(positions))

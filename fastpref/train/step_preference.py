@@ -38,7 +38,7 @@ from fastpref.models.latent_reward_file import (
     open_latent_reward,
     save_latent_reward,
 )
-from fastpref.models.loading import DTYPES, _open, folder_fingerprint
+from fastpref.models.loading import DTYPES, folder_fingerprint
 from fastpref.models.one_step import OneStep, load_one_step
 from fastpref.models.policy import Conditioning
 from fastpref.models.step_preference import StepPreferenceModel
@@ -49,6 +49,7 @@ from fastpref.models.step_preference_file import (
     resolve_step_preference,
     save_step_preference,
 )
+from fastpref.models.text import load_block_tokenizers
 from fastpref.models.work import Work
 from fastpref.objectives.step_preference import preference_cross_entropy, prompt_weights
 from fastpref.train.batch import BatchBuilder, PairBatch
@@ -89,8 +90,6 @@ def open_trainer(
 
 
 def _open_latent(config: Config, model_dir: Path, device: torch.device, world: World) -> LatentRewardTrainer:
-    from transformers import CLIPTokenizer
-
     if config.relabel is not None:
         todo = "remove it: method lrm takes the records' labels"
         raise UserError("relabel needs the scores of a CLIP", "relabel", todo)
@@ -111,7 +110,7 @@ def _open_latent(config: Config, model_dir: Path, device: torch.device, world: W
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     check_unet(model.unet, store, config)
-    tokenizer = _open(partial(CLIPTokenizer.from_pretrained, model_dir / "tokenizer"), model_dir)
+    tokenizer = load_block_tokenizers(model_dir, config.max_caption_tokens)[0].tokenizer
     batches = BatchBuilder(store, schedule, config, device, with_losers=True)
     empty, engine = Conditioning(prompt, pooled), open_engine(model, config, world)
     return LatentRewardTrainer(config, sampler, batches, engine, Work(), model, facts, empty, tokenizer)

@@ -197,3 +197,23 @@ def test_folders_that_cannot_be_paired(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no captions in either folder"):
         bare = _folder(tmp_path / "bare", {"a.png": 1}, {})
         pairs_from_folders(parse_config({}), bare, losers, tmp_path / "out2")
+
+
+def test_style_words_behind_the_cut_are_told_and_drawn_with_more_blocks(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """14 tokens fill the tiny model's block: the winner's style words are cut and it becomes the loser."""
+    prompts = ["a red cat on the moon blue heart in green circle yellow dog hat", "red cat"]
+    for key, line in {
+        77: "1 of 4 captions is cut after 14 tokens, 1 of them to the same text as another caption (the longest has "
+        "17): max_caption_tokens=150 takes them whole\n",
+        150: "",
+    }.items():
+        config = _config(models["sdxl"]).model_copy(update={"max_caption_tokens": key})
+        pairs_from_prompts(config, prompts, STYLE, tmp_path / str(key), heldout=0.5, progress=False)
+        assert capsys.readouterr().err == line
+        records = {r.caption: r for part in ("train", "heldout") for r in _records(tmp_path / str(key) / part)}
+        long = records[prompts[0]]
+        assert np.array_equal(_pixels(long.winner), _pixels(long.loser)) == (key == 77)
+    with pytest.raises(UserError, match="other prompts, model or settings"):
+        pairs_from_prompts(config, prompts, STYLE, tmp_path / "77", heldout=0.5, progress=False)

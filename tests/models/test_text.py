@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from fastpref.emoji.random_models import WORDS, text_config
 from fastpref.emoji.tokenizer import train_tokenizer
+from fastpref.errors import UserError
 from fastpref.models import caption_length
 from fastpref.models.caption_length import BLOCKS, CutCaptions, count_cut, cut_captions
 from fastpref.models.loading import load_pipeline
@@ -181,3 +184,28 @@ def test_captions_of_any_length_and_kind_are_encoded(sdxl: Path, text: str) -> N
     tokens = stack.tokenizers[0](text, add_special_tokens=False).input_ids
     found = count_cut(sdxl, 225, [text])
     assert found is not None and (found.cut, found.longest) == (1, len(tokens))
+
+
+def test_a_tokenizer_without_a_length_takes_the_encoder_s(sd15: Path, tmp_path: Path) -> None:
+    folder = _copy_without(sd15, tmp_path, "model_max_length")
+    captions = ["red", words(20)]
+    for key in (77, 150):
+        own, other = (load_text_stack(path, torch.float32, CPU, key).encode(captions)[0] for path in (sd15, folder))
+        assert torch.equal(own, other)
+    assert f"{count_cut(folder, 77, captions)}" == f"{count_cut(sd15, 77, captions)}"
+    assert load_text_stack(folder, torch.float32, CPU).tokenizers[0].model_max_length == 16
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(sd15: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no start, end or padding token"):
+        load_text_stack(_copy_without(sd15, tmp_path, "pad_token"), torch.float32, CPU)
+
+
+def _copy_without(model: Path, tmp_path: Path, setting: str) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("unet", "vae"))
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    del settings[setting]
+    file.write_text(json.dumps(settings | ({"pad_token": None} if setting == "pad_token" else {})))
+    return folder

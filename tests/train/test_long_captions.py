@@ -142,6 +142,15 @@ def test_a_latent_reward_model_judges_the_length_it_was_trained_with(
         TrainJob.open(recipe(*small, f"scorer={folder}", "max_caption_tokens=77"))
 
 
+def test_a_step_aware_model_sees_pictures_predicted_from_both_blocks(
+    recipe: Recipe, seen: set[int], tmp_path: Path
+) -> None:
+    config = recipe("method=spm", "train=full", "steps=1", f"output_dir={tmp_path}", "eval_prompts=2")
+    run_training(config)
+    assert evaluate_tag(config, config.run_dir, "after")["details"]["pairs"] >= 2
+    assert seen == {32}
+
+
 @pytest.mark.parametrize("method", ["dpo", "spo"])
 def test_the_plan_counts_the_longer_prompt(recipe: Recipe, method: str) -> None:
     """Cross-attention is linear in the prompt's length, everything else does not depend on it."""
