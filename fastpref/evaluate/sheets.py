@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,11 +111,12 @@ def _across(count: int, square: float) -> int:
 def fit_text(
     draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
 ) -> str:
+    """``text`` in one line, and as much of it as fits into ``width`` pixels."""
+    text = " ".join(text.split())
     if draw.textlength(text, font=font) <= width:
         return text
-    while text and draw.textlength(text + "…", font=font) > width:
-        text = text[:-1]
-    return text + "…"
+    kept = bisect_right(range(1, len(text)), width, key=lambda count: draw.textlength(text[:count] + "…", font=font))
+    return text[:kept] + "…"
 
 
 def _slug(prompt: str) -> str:

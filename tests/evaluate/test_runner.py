@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import fastpref.emoji
 import fastpref.emoji.style
@@ -19,7 +19,7 @@ from fastpref.emoji.random_models import make_random_clip
 from fastpref.errors import UserError
 from fastpref.evaluate.reals import open_reals
 from fastpref.evaluate.runner import choose_prompts, evaluate_policy, paired_pictures
-from fastpref.evaluate.sheets import before_after_sheet, contact_sheet, to_batch
+from fastpref.evaluate.sheets import before_after_sheet, contact_sheet, fit_text, to_batch
 
 Output = namedtuple("Output", ["features", "style_logits"])
 
@@ -123,3 +123,19 @@ def test_sheets_show_each_picture_in_its_place() -> None:
     assert before[1] == after[1] < other_before[1] == other_after[1]
     page = np.asarray(contact_sheet([[a], [b], [c], [d]], ["1", "2", "3", "a caption longer than its picture is wide"]))
     assert all((page == colour).all(axis=2).sum() == 96 * 96 for colour in colours)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "cat", "a caption longer than its picture is wide", "two\nlines\r\n of it", "Wi" * 30]
+)
+def test_a_caption_is_cut_to_the_width_as_letter_by_letter(text: str) -> None:
+    """One of 100,000 letters too: by a few measurements, not by one a letter."""
+    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default(13)
+    for width in (0, 30, 64, 200):
+        kept = " ".join(text.split())
+        if draw.textlength(kept, font=font) > width:
+            while kept and draw.textlength(kept + "…", font=font) > width:
+                kept = kept[:-1]
+            kept += "…"
+        assert fit_text(draw, text, width, font) == kept
+    assert len(fit_text(draw, "x" * 100_000, 64, font)) < 20
