@@ -115,7 +115,9 @@ def fit_text(
     text = " ".join(text.split())
     if draw.textlength(text, font=font) <= width:
         return text
-    kept = bisect_right(range(1, len(text)), width, key=lambda count: draw.textlength(text[:count] + "…", font=font))
+    kept = bisect_right(
+        range(1, len(text)), float(width), key=lambda count: draw.textlength(text[:count] + "…", font=font)
+    )
     return text[:kept] + "…"
 
 

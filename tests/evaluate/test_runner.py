@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +130,6 @@ def test_sheets_show_each_picture_in_its_place() -> None:
     "text", ["", "cat", "a caption longer than its picture is wide", "two\nlines\r\n of it", "Wi" * 30]
 )
 def test_a_caption_is_cut_to_the_width_as_letter_by_letter(text: str) -> None:
-    """One of 100,000 letters too: by a few measurements, not by one a letter."""
     draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default(13)
     for width in (0, 30, 64, 200):
         kept = " ".join(text.split())
@@ -138,4 +138,17 @@ def test_a_caption_is_cut_to_the_width_as_letter_by_letter(text: str) -> None:
                 kept = kept[:-1]
             kept += "…"
         assert fit_text(draw, text, width, font) == kept
-    assert len(fit_text(draw, "x" * 100_000, 64, font)) < 20
+
+
+def test_a_caption_of_100_000_letters_is_measured_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It and its halvings, 18 times, not once a letter."""
+    measured: list[int] = []
+    original = ImageDraw.ImageDraw.textlength
+
+    def counted(self: ImageDraw.ImageDraw, text: str, *args: Any, **kwargs: Any) -> float:
+        measured.append(len(text))
+        return original(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "textlength", counted)
+    contact_sheet([[Image.new("RGB", (64, 64))]], ["x" * 100_000])
+    assert len(measured) <= 18 and max(measured) == 100_000
