@@ -100,7 +100,7 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="a prompt; may be repeated")] = None,
     prompts: Annotated[Path | None, typer.Option(help="prompts from txt, json, jsonl or parquet")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="pictures per prompt")] = 1,
-    lora: Annotated[Path | None, typer.Option(help="LoRA file; a run directory means its LoRA")] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA file, or folder (a run directory, peft's) with one")] = None,
     unet: Annotated[Path | None, typer.Option(help="UNet folder of a full fine-tuning")] = None,
     out: Annotated[Path, typer.Option(help="where the pictures go")] = Path("samples"),
 ) -> None:
@@ -108,7 +108,6 @@ def sample(
     from fastpref.config import load_config
     from fastpref.data.records import read_captions
     from fastpref.evaluate.sample import run_sample
-    from fastpref.runs import lora_file
 
     settings = load_config(config, overrides)
     wanted = list(prompt or [])
@@ -116,7 +115,7 @@ def sample(
         wanted += read_captions(str(prompts), None)
     if not wanted:
         raise UserError("nothing to draw", "fastpref sample", "give --prompt TEXT or --prompts FILE")
-    written = run_sample(settings, wanted, list(range(seeds)), lora=lora_file(lora), unet=unet, out_dir=out)
+    written = run_sample(settings, wanted, list(range(seeds)), lora=lora, unet=unet, out_dir=out)
     typer.echo(f"{len(written)} pictures in {out}")
 
 
@@ -152,7 +151,7 @@ def make_pairs(
     out: Annotated[Path, typer.Option(help="gets train/, heldout/ and contact_sheet.png")] = Path("pairs"),
     seeds: Annotated[int, typer.Option(min=1, help="pairs per prompt")] = 1,
     size: Annotated[int | None, typer.Option(help="pixels; default: the model's own")] = None,
-    lora: Annotated[Path | None, typer.Option(help="LoRA file; a run directory means its LoRA")] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA file, or folder (a run directory, peft's) with one")] = None,
     heldout: Annotated[float, typer.Option(min=0, max=0.9, help="share of prompts kept for evaluation")] = 0.1,
     shard_size: Annotated[int, typer.Option(min=1, help="pairs in a parquet file")] = 64,
     image_format: Annotated[ImageFormat, typer.Option("--format", help="of drawn pictures")] = "png",
@@ -166,7 +165,6 @@ def make_pairs(
     from fastpref.config import load_config
     from fastpref.data.records import read_captions
     from fastpref.evaluate.make_pairs import pairs_from_folders, pairs_from_prompts
-    from fastpref.runs import lora_file
 
     settings = load_config(config, overrides)
     options: dict[str, Any] = {"heldout": heldout, "shard_size": shard_size, "overwrite": overwrite, "dry_run": dry_run}
@@ -176,7 +174,7 @@ def make_pairs(
     if prompts is None or winners is not None or losers is not None:
         todo = "give --prompts FILE and --style WORDS, or --winners FOLDER and --losers FOLDER"
         raise UserError("nothing to make pairs of", "fastpref make-pairs", todo)
-    options |= {"seeds": seeds, "size": size, "lora": lora_file(lora), "image_format": image_format}
+    options |= {"seeds": seeds, "size": size, "lora": lora, "image_format": image_format}
     typer.echo(f"{pairs_from_prompts(settings, read_captions(str(prompts)), style, out, **options)}")
 
 
@@ -216,15 +214,19 @@ def score(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run directory, e.g. runs/quickstart")],
+    run: Annotated[Path, typer.Argument(metavar="PATH", help="run directory, LoRA file or folder, or UNet folder")],
     out: Annotated[Path, typer.Option(help="file (LoRA layouts) or folder (pipeline) to write")],
+    model: Annotated[str | None, typer.Option(help="pipeline folder it is for; default: the run's own")] = None,
     layout: Annotated[Layout, typer.Option(help="merged pipeline folder, or LoRA file in that naming")] = "pipeline",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT if it exists")] = False,
 ) -> None:
-    """Write a merged pipeline folder, or the LoRA in diffusers' or kohya/ComfyUI naming."""
+    """Write a merged pipeline folder, or the LoRA in diffusers' or kohya/ComfyUI naming.
+
+    A LoRA or UNet that no run is beside, as others publish them, needs --model.
+    """
     from fastpref.models.export import run_export
 
-    typer.echo(f"{run_export(run, out, layout=layout, overwrite=overwrite)}")
+    typer.echo(f"{run_export(run, out, layout=layout, model=model, overwrite=overwrite)}")
 
 
 @app.command()

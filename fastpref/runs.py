@@ -175,11 +175,6 @@ def trained_scorer(run_dir: Path) -> Path:
     raise UserError("no trained preference model there", str(run_dir), "finish the training first (resume=auto)")
 
 
-def lora_file(path: Path | None) -> Path | None:
-    """A LoRA file as it is, of a run directory the one it wrote."""
-    return path / "pytorch_lora_weights.safetensors" if path is not None and path.is_dir() else path
-
-
 def config_of_run(run: Path, overrides: list[str] | None = None) -> Config:
     """The settings a run was made with, with overrides."""
     from fastpref.config import load_config

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from fastpref.emoji.random_models import make_random_sd15, make_random_sdxl
 from fastpref.errors import UserError
-from fastpref.models.export import export_pipeline, load_adapter, lora_of, read_lora, run_export, save_lora
+from fastpref.models.export import export_pipeline, run_export
+from fastpref.models.lora_file import load_adapter, read_lora, save_lora
 from fastpref.models.lora_naming import kohya_name, module_name
+from fastpref.models.lora_unet import lora_of
 
 FAMILIES = ("sd15", "sdxl")
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -229,20 +231,20 @@ def _bad_files(folder: Path) -> dict[str, Path]:
     files = {
         "no such LoRA file": folder / "missing.safetensors",
         "cannot read": folder / "garbage.safetensors",
-        "no UNet LoRA weight": folder / "checkpoint.safetensors",
+        "not a UNet LoRA weight": folder / "checkpoint.safetensors",
         "both there": folder / "half.safetensors",
         "text-encoder": folder / "text.safetensors",
         "DoRA": folder / "dora.safetensors",
         "damaged": folder / "metadata.safetensors",
-        "no LoRA name": folder / "flux.safetensors",
+        "not the LoRA name": folder / "flux.safetensors",
     }
     files["cannot read"].write_bytes(b"PK not safetensors")
-    save_file({"conv_in.weight": torch.zeros(1)}, files["no UNet LoRA weight"])
+    save_file({"conv_in.weight": torch.zeros(1)}, files["not a UNet LoRA weight"])
     save_file({"unet.conv_in.lora_A.weight": torch.zeros(2, 4)}, files["both there"])
     save_file({**pair, "text_encoder.q.lora_A.weight": torch.zeros(2, 2)}, files["text-encoder"])
     save_file({**pair, "unet.conv_in.lora_magnitude_vector": torch.zeros(2)}, files["DoRA"])
     save_file(pair, files["damaged"], metadata={"lora_adapter_metadata": "{"})
-    save_file({"lora_unet_%.lora_down.weight": torch.zeros(2, 2)}, files["no LoRA name"])
+    save_file({"lora_unet_%.lora_down.weight": torch.zeros(2, 2)}, files["not the LoRA name"])
     return files
 
 
@@ -261,7 +263,7 @@ def test_bad_exports_write_nothing(folders: dict[str, Path], tmp_path: Path) -> 
         export_pipeline(folders["sdxl"], tmp_path / "out", lora=lora)
     with pytest.raises(UserError, match="dtype is 'int8'"):
         export_pipeline(folders["sd15"], tmp_path / "out", lora=lora, dtype="int8")
-    with pytest.raises(UserError, match="base model is not known"):
+    with pytest.raises(UserError, match="--model FOLDER"):
         run_export(lora, tmp_path / "out")
     with pytest.raises(UserError, match="no such file"):
         run_export(tmp_path / "nowhere", tmp_path / "out", model=str(folders["sd15"]))

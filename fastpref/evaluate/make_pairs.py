@@ -90,6 +90,7 @@ def pairs_from_prompts(
     from fastpref.evaluate.sample import initial_latents, latent_shape, load_policy_pipeline
     from fastpref.models.caption_length import warn_of_cut
     from fastpref.models.loading import resolve_model_dir
+    from fastpref.models.lora_file import lora_sources
 
     if not style.strip() or style.strip() == PLACEHOLDER:
         raise UserError("no style words", "make-pairs", "give --style, e.g. --style 'flat vector art'")
@@ -98,7 +99,8 @@ def pairs_from_prompts(
     prompts = list(dict.fromkeys(prompt.strip() for prompt in prompts))
     jobs = [PairJob(prompt, seed, styled(prompt, style)) for prompt in prompts for seed in range(seeds)]
     model = resolve_model_dir(config.model)
-    weights = [model, *(Path(p) for p in (config.unet, config.init_lora, lora, unet) if p is not None)]
+    loras = [file for p in (config.init_lora, lora) if p is not None for file in lora_sources(Path(p))]
+    weights = [model, *(Path(p) for p in (config.unet, *loras, unet) if p is not None)]
     settings: dict[str, Any] = {
         "guidance_scale": config.guidance_scale,
         "sample_steps": config.sample_steps,

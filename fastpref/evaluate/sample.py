@@ -6,6 +6,7 @@ more. The denoising itself is the diffusers pipeline's own call.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,7 +153,8 @@ def load_policy_pipeline(config: Config, *, lora: Path | None = None, unet: Path
     Raises:
         UserError: bad model, LoRA or UNet.
     """
-    from fastpref.models.export import check_fits, layers_per_block_of, read_lora
+    from fastpref.models.lora_file import load_adapter, resolve_lora
+    from fastpref.models.state_dict import check_finite
 
     folder, device = resolve_model_dir(config.model), resolve_device(config.device)
     dtype = torch.float32 if config.precision == "fp64" else DTYPES[config.precision]
@@ -162,13 +164,38 @@ def load_policy_pipeline(config: Config, *, lora: Path | None = None, unet: Path
     source = config.unet if unet is None else str(unet)
     if source is not None:
         pipeline.unet = load_unet(folder, dtype, source).to(device)
+    check_finite(pipeline.unet.named_parameters(), str(source or folder / "unet"), "such a UNet draws nothing")
     if lora is not None:
-        file = Path(lora)
-        weights = read_lora(file, layers_per_block=layers_per_block_of(pipeline.unet.config), text_encoders="ignore")
-        check_fits(weights, pipeline.unet, str(file))
-        name = {"weight_name": file.name} if file.is_file() else {}
-        pipeline.load_lora_weights(str(file.parent if file.is_file() else file), **name)
+        file = resolve_lora(Path(lora))
+        load_adapter(pipeline.unet, file, text_encoders="ignore")
+        _load_text_encoders(pipeline, file)
     return pipeline
+
+
+def _load_text_encoders(pipeline: Any, file: Path) -> None:
+    """A LoRA's text-encoder weights, which fastpref does not train, as diffusers loads them."""
+    from fastpref.models.lora_file import TEXT_ENCODERS, read_tensors
+    from fastpref.models.lora_strength import METADATA_KEY
+
+    tensors, metadata = read_tensors(file)
+    tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(TEXT_ENCODERS)}
+    if not tensors:
+        return
+    try:
+        state, alphas = pipeline.lora_state_dict(tensors)
+        config = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+        for name in ("text_encoder", "text_encoder_2"):
+            encoder = getattr(pipeline, name, None)
+            own = {key: value for key, value in (config or {}).items() if key.startswith(f"{name}.")}
+            if not any(key.startswith(f"{name}.") for key in state):
+                continue
+            if encoder is None:
+                raise ValueError(f"the model has no {name}")
+            pipeline.load_lora_into_text_encoder(
+                state, alphas, encoder, prefix=name, adapter_name="default", metadata=own or None
+            )
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError("the LoRA's text-encoder weights do not fit", str(file), str(error)[:300]) from None
 
 
 def run_sample(

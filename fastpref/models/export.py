@@ -13,33 +13,10 @@ import yaml
 
 from fastpref.errors import UserError
 from fastpref.models.loading import DTYPES, load_unet, model_family, resolve_model_dir
-from fastpref.models.lora_file import (
-    WEIGHTS_NAME,
-    Layout,
-    Lora,
-    check_fits,
-    layers_per_block_of,
-    load_adapter,
-    lora_of,
-    make_lora,
-    read_lora,
-    save_lora,
-)
-
-__all__ = [
-    "WEIGHTS_NAME",
-    "Layout",
-    "Lora",
-    "check_fits",
-    "export_pipeline",
-    "layers_per_block_of",
-    "load_adapter",
-    "lora_of",
-    "make_lora",
-    "read_lora",
-    "run_export",
-    "save_lora",
-]
+from fastpref.models.lora_file import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, load_adapter, read_lora, resolve_lora, save_lora
+from fastpref.models.lora_form import Lora
+from fastpref.models.lora_unet import fitted
+from fastpref.models.state_dict import check_finite
 
 
 def export_pipeline(
@@ -71,11 +48,13 @@ def export_pipeline(
     if out_dir.exists() and not overwrite:
         raise UserError("the folder exists", str(out_dir), "give another one, or overwrite")
     merged: Any = load_unet(model_dir, torch.float32, None if unet is None else str(unet))
+    check_finite(merged.named_parameters(), str(unet or model_dir / "unet"), "nothing is exported of a broken UNet")
     if lora is not None:
         load_adapter(merged, lora, "export")
         merged.fuse_lora(adapter_names=["export"])
         merged.unload_lora()
     merged.to(DTYPES[dtype] if dtype else stored_dtype(model_dir / "unet"))
+    check_finite(merged.named_parameters(), f"{lora or unet or model_dir} in {merged.dtype}", "give a wider dtype")
     draft = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -103,10 +82,10 @@ def run_export(
     """The body of ``fastpref export``.
 
     Args:
-        source: a run directory, a LoRA file, or a UNet folder.
+        source: a run directory, a LoRA file or folder, or a UNet folder.
         out: for ``pipeline`` a folder, else a .safetensors file.
         layout: ``pipeline``: the base with the trained weights merged; ``diffusers``, ``kohya``: a LoRA in that naming.
-        model: base pipeline folder; default: the one in the run's ``config.yaml``.
+        model: base pipeline folder; default: the one in the ``config.yaml`` of the run it is in.
         dtype: of the written weights; default as stored.
         overwrite: replace an existing ``out``.
 
@@ -114,7 +93,8 @@ def run_export(
         What was written.
 
     Raises:
-        UserError: nothing trained found, no model known, a full fine-tune asked for as LoRA.
+        UserError: nothing trained found, no model known, a full fine-tune asked for as LoRA, or
+            numbers that are not finite.
     """
     lora, unet = trained_weights(source)
     base = resolve_model_dir(model if model is not None else _model_of_run(source))
@@ -125,27 +105,38 @@ def run_export(
     if out.exists() and not overwrite:
         raise UserError("the file exists", str(out), "give another name, or overwrite")
     config = json.loads((base / "unet" / "config.json").read_text())
-    layers = layers_per_block_of(config)
-    weights = read_lora(lora, layers_per_block=layers)
+    weights = fitted(read_lora(lora, unet_config=config), _shapes(config, base), str(lora))
     if dtype is not None:
         if dtype not in DTYPES:
             raise UserError(f"dtype is '{dtype}'", "export", "use fp32, bf16 or fp16")
         weights = Lora({key: tensor.to(DTYPES[dtype]) for key, tensor in weights.state.items()}, weights.alphas)
-    return save_lora(weights, out, layout=layout, family=model_family(base), layers_per_block=layers)
+    return save_lora(weights, out, layout=layout, family=model_family(base), unet_config=config)
 
 
 def trained_weights(source: Path) -> tuple[Path | None, Path | None]:
-    """(LoRA file, UNet folder) of a run directory, a LoRA file or a UNet folder; one of the two is None."""
-    if source.is_file():
-        return source, None
-    if (source / WEIGHTS_NAME).is_file():
-        return source / WEIGHTS_NAME, None
-    for folder in (source / "unet", source):
-        if (folder / "config.json").is_file():
-            return None, folder
+    """(LoRA file, UNet folder) of a run directory, a LoRA file or folder, or a UNet folder; one of the two is None."""
     if not source.exists():
         raise UserError("no such file or folder", str(source), "give a run directory, a LoRA file or a UNet folder")
-    raise UserError("nothing trained in it", str(source), f"expected {WEIGHTS_NAME} or unet/: did the training finish?")
+    if not any((source / name).is_file() for name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME)):
+        for folder in (source / "unet", source):
+            if (folder / "config.json").is_file():
+                return None, folder
+    if source.is_dir() and not any(source.glob("*.safetensors")):
+        todo = f"expected {WEIGHTS_NAME} or unet/: did the training finish?"
+        raise UserError("nothing trained in it", str(source), todo)
+    return resolve_lora(source), None
+
+
+def _shapes(config: dict[str, Any], base: Path) -> torch.nn.Module:
+    """The UNet of a config, without numbers."""
+    from diffusers import UNet2DConditionModel
+
+    try:
+        with torch.device("meta"):
+            unet: torch.nn.Module = UNet2DConditionModel.from_config(config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError("cannot make the model's UNet", str(base / "unet"), str(error)) from None
+    return unet
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -169,4 +160,4 @@ def _model_of_run(source: Path) -> str:
         settings = yaml.safe_load((folder / "config.yaml").read_text())
         return str(settings["model"])
     except (OSError, yaml.YAMLError, KeyError, TypeError):
-        raise UserError("the base model is not known", str(source), "give model=<pipeline folder>") from None
+        raise UserError("no run beside it says which model it is for", str(source), "give --model FOLDER") from None

@@ -100,7 +100,9 @@ def unet_fingerprint(path: Path, unet: str | None, lora: str | None) -> str:
         source = source / "unet"
     parts = [source] if source.is_dir() else [source, path / "unet" / "config.json"]
     if lora is not None:
-        parts.append(Path(lora))
+        from fastpref.models.lora_file import lora_sources
+
+        parts += lora_sources(Path(lora))
     return hashlib.sha256("".join(folder_fingerprint(part) for part in parts).encode()).hexdigest()
 
 

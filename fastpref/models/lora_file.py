@@ -1,17 +1,17 @@
 """LoRA files: one normal form in memory, read from every naming in use, written in diffusers' and in kohya's.
 
 The change a LoRA makes to a weight is ``alpha / rank * B @ A``. Files differ in what they call A and B (``lora_A``/
-``lora_B``, ``lora.down``/``lora.up``, ``lora_down``/``lora_up``) and in where alpha is: peft metadata, a tensor beside
-the weights, or nowhere, which means alpha = rank.
+``lora_B``, ``lora.down``/``lora.up``, ``lora_down``/``lora_up``) and in where alpha is: a peft configuration (see
+:mod:`fastpref.models.lora_strength`), a tensor beside the weights, or nowhere, which means alpha = rank. Two places
+that disagree are an error. kohya's ``ss_network_alpha`` and ``ss_network_args`` tell how the training was set up; no
+program scales by them, and LyCORIS has ``rs_lora`` in its alpha tensors already.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,114 +20,96 @@ from safetensors import SafetensorError, safe_open
 
 from fastpref.atomic import write_tensors
 from fastpref.errors import UserError
-from fastpref.models.lora_naming import KOHYA_PREFIX, alpha_module, diffusers_key, kohya_name, weight_key
+from fastpref.models.lora_form import Lora, make_lora
+from fastpref.models.lora_naming import Numbering, kohya_name
+from fastpref.models.lora_strength import METADATA_KEY, config_alphas, folder_config, metadata_config, read_config
+from fastpref.models.lora_unet import fitted, lora_of
+from fastpref.models.state_dict import check_finite
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
+TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_")
 Layout = Literal["diffusers", "kohya"]
 
-_METADATA_KEY = "lora_adapter_metadata"
-_TEXT_ENCODERS = ("text_encoder", "lora_te_", "lora_te1_", "lora_te2_")
+_OTHER_ADAPTERS = [
+    (re.compile(mark), kind)
+    for mark, kind in (
+        (r"\.dora_scale$|lora_magnitude_vector", "a DoRA"),
+        (r"\.lokr_", "a LoKr"),
+        (r"\.hada_", "a LoHa"),
+        (r"\.lora_mid\.", "a LoCon in Tucker form"),
+        (r"\.oft_", "an OFT adapter"),
+        (r"\.lora_embedding_[AB]", "a LoRA of embeddings"),
+        (r"\.lora_\w+(\.\w+)?\.bias$", "a LoRA with biases"),
+        (r"\.diff(_b)?$|\.[wb]_norm$", "a full difference"),
+    )
+]
 
 
-@dataclass(frozen=True)
-class Lora:
-    """A UNet's LoRA in normal form.
+def resolve_lora(path: Path) -> Path:
+    """The LoRA file that a path means: itself, or the one in a folder.
 
-    Attributes:
-        state: ``<module>.lora_A.weight`` ``(r, in[, k, k])`` and ``<module>.lora_B.weight`` ``(out, r[, 1, 1])``;
-            module paths are diffusers'.
-        alphas: alpha of every module.
-    """
-
-    state: dict[str, torch.Tensor]
-    alphas: dict[str, float]
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Rank of every module."""
-        return {module: self.state[f"{module}.lora_A.weight"].shape[0] for module in self.alphas}
-
-    def peft_config(self) -> dict[str, Any]:
-        """Arguments of ``peft.LoraConfig`` under which these weights mean what they say."""
-        rank = Counter(self.ranks.values()).most_common(1)[0][0]
-        alpha = Counter(self.alphas.values()).most_common(1)[0][0]
-        return {
-            "r": rank,
-            "lora_alpha": alpha,
-            "rank_pattern": {module: r for module, r in self.ranks.items() if r != rank},
-            "alpha_pattern": {module: a for module, a in self.alphas.items() if a != alpha},
-            "target_modules": sorted(self.alphas),
-            "use_dora": False,
-            "lora_bias": False,
-        }
-
-
-def make_lora(
-    state: Mapping[str, torch.Tensor], alpha: float | Mapping[str, float] | None = None, where: str = ""
-) -> Lora:
-    """Any UNet LoRA state dict in normal form.
-
-    Args:
-        state: keys in peft's naming (with or without ``unet.`` and the adapter's name) or diffusers' older ones;
-            tensors ``….alpha`` are taken as alphas.
-        alpha: alpha of all or of each module, over what the state dict says; by default the module's rank.
+    In a folder that is ``pytorch_lora_weights.safetensors`` or peft's ``adapter_model.safetensors``, else the only
+    .safetensors file.
 
     Raises:
-        UserError: keys that are no LoRA's, half a pair, ranks that do not match.
+        UserError: no file there, or more than one that could be meant.
     """
-    weights: dict[str, torch.Tensor] = {}
-    alphas: dict[str, float] = {}
-    for key, tensor in state.items():
-        if key.endswith(".alpha"):
-            alphas[alpha_module(key)] = float(tensor)
-            continue
-        found = weight_key(key)
-        if found is None:
-            raise UserError(
-                f"'{key}' is no UNet LoRA weight", where, "LoRA files in diffusers', peft's or kohya's naming are read"
-            )
-        weights[found] = tensor
-    modules = sorted({key.rsplit(".lora_", 1)[0] for key in weights})
-    if not modules:
-        raise UserError("no LoRA weights in it", where, f"expected keys like unet.….lora_A.weight or {KOHYA_PREFIX}…")
-    for module in modules:
-        down, up = weights.get(f"{module}.lora_A.weight"), weights.get(f"{module}.lora_B.weight")
-        if down is None or up is None or down.shape[0] != up.shape[1]:
-            raise UserError(
-                f"the two LoRA factors of {module} are not both there or differ in rank", where, "the file is damaged"
-            )
-        given = alpha.get(module) if isinstance(alpha, Mapping) else alpha
-        alphas[module] = float(given if given is not None else alphas.get(module, down.shape[0]))
-    return Lora(weights, {module: alphas[module] for module in modules})
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError("no such LoRA file", str(path), f"give a .safetensors file or a folder with {WEIGHTS_NAME}")
+    found = [path / name for name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME) if (path / name).is_file()]
+    found = found or sorted(file for file in path.glob("*.safetensors") if file.is_file())
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:3]) + (", …" if len(found) > 3 else "")
+        raise UserError(f"the folder holds {len(found)} LoRA files ({names})", str(path), "give the one you mean")
+    if not found:
+        pickled = next(iter(sorted(path.glob("*.bin"))), None)
+        has = f"only {pickled.name}, a pickle" if pickled else "none"
+        raise UserError(f"a LoRA in safetensors is needed, and there is {has}", str(path), f"expected {WEIGHTS_NAME}")
+    return found[0]
 
 
-def read_lora(path: Path, *, layers_per_block: int = 2, text_encoders: Literal["refuse", "ignore"] = "refuse") -> Lora:
-    """Read a LoRA file, or the ``pytorch_lora_weights.safetensors`` of a folder.
+def lora_sources(path: Path) -> list[Path]:
+    """The files that decide what a LoRA does: the weights and, where peft wrote them, ``adapter_config.json``."""
+    file = resolve_lora(path)
+    config = folder_config(file, list(read_tensors(file, header_only=True)[0]))
+    return [file] if config is None else [file, config]
+
+
+def read_lora(
+    path: Path,
+    *,
+    unet_config: Mapping[str, Any] | None = None,
+    text_encoders: Literal["refuse", "ignore"] = "refuse",
+) -> Lora:
+    """Read a LoRA file, or the one in a folder (see :func:`resolve_lora`).
 
     Args:
-        path: a safetensors file, keys ``unet.*`` as ``lora_A/B`` or ``lora.down/up`` or in kohya's naming, or a folder.
-        layers_per_block: of the UNet, by which kohya's SDXL layer numbers are read.
+        path: a safetensors file in any naming (see :mod:`fastpref.models.lora_naming`), or a folder.
+        unet_config: of the UNet it is for, by which Stability's layer numbers are read; default: the public models'.
         text_encoders: what to do about text-encoder weights, of which fastpref trains none.
 
     Raises:
-        UserError: missing or damaged file, no LoRA, DoRA or another kind of adapter.
+        UserError: missing or damaged file, no LoRA, DoRA or another kind of adapter, a strength that is not known.
     """
-    path = Path(path)
-    file = path / WEIGHTS_NAME if path.is_dir() else path
-    tensors, metadata = _read_file(file)
-    if any(key.startswith(_TEXT_ENCODERS) for key in tensors):
+    file = resolve_lora(Path(path))
+    where = str(file)
+    tensors, metadata = read_tensors(file)
+    for key in tensors:
+        for mark, kind in _OTHER_ADAPTERS:
+            if mark.search(key):
+                raise UserError(f"'{key}' is of {kind}, not of a plain LoRA", where, "only plain LoRAs are read")
+    if any(key.startswith(TEXT_ENCODERS) for key in tensors):
         if text_encoders == "refuse":
-            raise UserError(
-                "the LoRA has text-encoder weights", str(file), "only UNet LoRAs can be trained on or merged"
-            )
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(_TEXT_ENCODERS)}
-    if any(mark in key for key in tensors for mark in ("dora_scale", "lora_magnitude_vector", "lokr_", "hada_")):
-        raise UserError("a DoRA, LoKr or LoHa adapter, not a LoRA", str(file), "only plain LoRAs are read")
-    try:
-        tensors = {diffusers_key(key, layers_per_block): tensor for key, tensor in tensors.items()}
-    except ValueError as error:
-        raise UserError(str(error), str(file)) from None
-    return make_lora(tensors, _metadata_alphas(tensors, metadata, str(file)), str(file))
+            raise UserError("the LoRA has text-encoder weights", where, "only UNet LoRAs can be trained on or merged")
+        check_finite(tensors.items(), where, "a LoRA with such numbers is broken: save it again")
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(TEXT_ENCODERS)}
+    numbering = Numbering.of(unet_config or {})
+    lora = make_lora(tensors, None, where, numbering)
+    said = _configured(file, tensors, metadata, lora.ranks)
+    return lora if said is None else make_lora(tensors, said, where, numbering)
 
 
 def save_lora(
@@ -137,7 +119,7 @@ def save_lora(
     layout: Layout = "diffusers",
     *,
     family: str = "sd15",
-    layers_per_block: int = 2,
+    unet_config: Mapping[str, Any] | None = None,
     adapter: str = "default",
 ) -> Path:
     """Write a LoRA file atomically.
@@ -149,115 +131,75 @@ def save_lora(
         layout: ``diffusers``: for ``pipe.load_lora_weights``, alpha in the metadata. ``kohya``: for ComfyUI, A1111 and
             sd-scripts, alpha as tensors.
         family: ``sdxl`` or ``sd15``: which paths kohya's naming uses.
-        layers_per_block: of the UNet.
+        unet_config: of the UNet, by which kohya's naming numbers SDXL's layers; default: the public model's.
         adapter: name of the UNet's adapter.
 
     Returns:
         The file.
+
+    Raises:
+        UserError: numbers that are not finite, or a module that has no name in the layout; nothing is written.
     """
     path = Path(path)
     file = path / WEIGHTS_NAME if path.is_dir() else path
     if isinstance(source, torch.nn.Module):
         source = lora_of(source, adapter)
     lora = source if isinstance(source, Lora) else make_lora(source, alpha)
+    check_finite(lora.state.items(), str(file), "the LoRA is not written")
     if layout == "kohya":
-        tensors, metadata = _kohya_tensors(lora, family, layers_per_block, str(file))
+        tensors, metadata = _kohya_tensors(lora, family, Numbering.of(unet_config or {}), str(file))
     else:
         tensors = {f"unet.{key}": tensor for key, tensor in lora.state.items()}
         config = {f"unet.{key}": value for key, value in lora.peft_config().items()}
-        metadata = {"format": "pt", _METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
+        metadata = {"format": "pt", METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
     write_tensors(file, tensors, metadata)
     return file
 
 
-def lora_of(unet: torch.nn.Module, adapter: str = "default") -> Lora:
-    """The LoRA that a UNet carries as a peft adapter, with the alpha each layer really uses."""
-    from peft.tuners.lora import LoraLayer
-
-    state: dict[str, torch.Tensor] = {}
-    alphas: dict[str, float] = {}
-    for module, layer in unet.named_modules():
-        if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
-            state[f"{module}.lora_A.weight"] = layer.lora_A[adapter].weight.detach()
-            state[f"{module}.lora_B.weight"] = layer.lora_B[adapter].weight.detach()
-            alphas[module] = float(layer.lora_alpha[adapter])
-    if not alphas:
-        raise UserError(f"the UNet has no LoRA named '{adapter}'")
-    return Lora(state, alphas)
-
-
-def load_adapter(unet: Any, path: Path, adapter: str = "default") -> Lora:
+def load_adapter(
+    unet: Any, path: Path, adapter: str = "default", *, text_encoders: Literal["refuse", "ignore"] = "refuse"
+) -> Lora:
     """Put a LoRA file onto a UNet as a peft adapter of that name, and return it.
 
     Raises:
         UserError: a bad file, or a LoRA for another architecture.
     """
-    lora = read_lora(path, layers_per_block=layers_per_block_of(unet.config))
-    check_fits(lora, unet, str(path))
+    lora = read_lora(path, unet_config=unet.config, text_encoders=text_encoders)
+    lora = fitted(lora, unet, str(path))
     state = {f"unet.{key}": tensor for key, tensor in lora.state.items()}
     metadata = {f"unet.{key}": value for key, value in lora.peft_config().items()}
     unet.load_lora_adapter(state, prefix="unet", adapter_name=adapter, metadata=metadata)
     return lora
 
 
-def check_fits(lora: Lora, unet: torch.nn.Module, where: str) -> None:
-    """Raise a UserError unless every module of the LoRA is in the UNet, in the same size."""
-    modules = dict(unet.named_modules())
-    for module in lora.alphas:
-        layer = modules.get(module)
-        layer = getattr(layer, "base_layer", layer)
-        weight = getattr(layer, "weight", None)
-        down, up = lora.state[f"{module}.lora_A.weight"], lora.state[f"{module}.lora_B.weight"]
-        if weight is None or down.shape[1] != weight.shape[1] or up.shape[0] != weight.shape[0]:
-            raise UserError("the LoRA is for another UNet", where, f"{module} is missing here or of another size")
-
-
-def layers_per_block_of(config: Mapping[str, Any]) -> int:
-    """The one number of a UNet config by which kohya numbers layers; uneven blocks have none."""
-    layers = config.get("layers_per_block", 2)
-    distinct = set(layers) if isinstance(layers, list | tuple) else {layers}
-    if len(distinct) != 1:
-        raise UserError(f"layers_per_block is {layers}", "UNet config", "kohya's naming needs equal blocks")
-    return int(distinct.pop())
-
-
-def _metadata_alphas(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], where: str
+def _configured(
+    file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], ranks: Mapping[str, int]
 ) -> dict[str, float] | None:
-    """Alphas out of diffusers' peft metadata; patterns match the end of a module's path, as in peft."""
-    if _METADATA_KEY not in metadata:
-        return None
-    try:
-        config = {key.removeprefix("unet."): value for key, value in json.loads(metadata[_METADATA_KEY]).items()}
-        common, patterns = config.get("lora_alpha"), dict(config.get("alpha_pattern") or {})
-    except (ValueError, AttributeError, TypeError):
-        raise UserError(f"the metadata '{_METADATA_KEY}' is damaged", where, "save the LoRA again") from None
-    alphas = {}
-    for key in tensors:
-        located = weight_key(key)
-        if located is None or not located.endswith(".lora_A.weight"):
-            continue
-        module = located.removesuffix(".lora_A.weight")
-        matching = [value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
-        value = matching[0] if matching else common
-        if value is not None:
-            alphas[module] = float(value)
-    return alphas
+    """Alphas by the peft configurations of a file, of which there may be two: in it and beside it."""
+    said = []
+    if (config := metadata_config(metadata, str(file))) is not None:
+        said.append(config_alphas(config, ranks, str(file)))
+    if (beside := folder_config(file, tensors)) is not None:
+        said.append(config_alphas(read_config(beside), ranks, str(beside)))
+    if said and said[0] != said[-1]:
+        raise UserError(f"its metadata and {beside} give the LoRA two strengths", str(file), "remove the wrong one")
+    return said[0] if said else None
 
 
 def _kohya_tensors(
-    lora: Lora, family: str, layers_per_block: int, where: str
+    lora: Lora, family: str, numbering: Numbering, where: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     tensors: dict[str, torch.Tensor] = {}
     for module, alpha in lora.alphas.items():
         try:
-            name = kohya_name(module, sgm=family == "sdxl", layers_per_block=layers_per_block)
+            name = kohya_name(module, sgm=family == "sdxl", numbering=numbering)
         except ValueError as error:
             raise UserError(str(error), where, "use the diffusers layout") from None
         down = lora.state[f"{module}.lora_A.weight"]
         tensors[f"{name}.lora_down.weight"] = down
         tensors[f"{name}.lora_up.weight"] = lora.state[f"{module}.lora_B.weight"]
-        tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=down.dtype)
+        short = torch.tensor(alpha, dtype=down.dtype)
+        tensors[f"{name}.alpha"] = short if float(short) == alpha else torch.tensor(alpha, dtype=torch.float32)
     config = lora.peft_config()
     metadata = {
         "ss_network_module": "networks.lora",
@@ -268,11 +210,12 @@ def _kohya_tensors(
     return tensors, metadata
 
 
-def _read_file(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    if not file.is_file():
-        raise UserError("no such LoRA file", str(file), f"give a .safetensors file or a folder with {WEIGHTS_NAME}")
+def read_tensors(file: Path, *, header_only: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors by key, metadata) of a safetensors file; with ``header_only`` the tensors are empty."""
     try:
         with safe_open(str(file), framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+            keys = list(opened.keys())
+            tensors = {key: torch.empty(0) if header_only else opened.get_tensor(key) for key in keys}
+            return tensors, opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError("cannot read the LoRA file", str(file), f"it must be safetensors: {error}") from None

@@ -1,25 +1,37 @@
-"""What the same UNet module is called by diffusers, by kohya's sd-scripts, and in older LoRA files.
+"""What the same UNet module is called by diffusers, by kohya's sd-scripts, by ComfyUI, and in older LoRA files.
 
-kohya joins a module's path with underscores behind ``lora_unet_``. For SD1.5 the path is diffusers' own; for SDXL it is
-the path in Stability's original UNet (``input_blocks``, ``middle_block``, ``output_blocks``), which numbers the layers
-of all blocks through: input layer ``1 + block * (layers_per_block + 1) + layer``, output layer without the 1. ComfyUI
-and A1111 read both.
+kohya joins a module's path with underscores behind ``lora_unet_``; LyCORIS does behind ``lycoris_``. For SD1.5 the path
+is diffusers' own; for SDXL it is the path in Stability's original UNet (``input_blocks``, ``middle_block``,
+``output_blocks``), which ComfyUI writes with dots behind ``diffusion_model.``. Readers take both paths.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
 
 KOHYA_PREFIX = "lora_unet_"
+Part = Literal["A", "B", "alpha"]
 
-_PREFIX = re.compile(r"^(?:unet\.|base_model\.model\.)+")
-_PEFT = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])(?:\.[A-Za-z0-9_-]+)?\.weight$")
-_PROCESSOR = re.compile(
-    r"^(?P<module>.+?)(?:\.processor)?\.(?P<leaf>to_q|to_k|to_v|to_out)_lora\.(?P<part>down|up)\.weight$"
-)
-_OLD = re.compile(r"^(?P<module>.+)\.lora(?:_linear_layer)?\.(?P<part>down|up)\.weight$")
-_KOHYA = re.compile(rf"^(?P<module>{KOHYA_PREFIX}[a-z0-9_]+)\.lora_(?P<part>down|up)\.weight$")
-_PARTS = {"A": "A", "down": "A", "B": "B", "up": "B"}
+_PREFIX = re.compile(r"^(?:unet\.|base_model\.model\.|(?:model\.)?diffusion_model\.)+")
+_JOINED = (KOHYA_PREFIX, "lycoris_")
+_KEYS = [
+    re.compile(tail)
+    for tail in (
+        r"^(?P<module>.+)\.lora_(?P<part>[AB])(?:\.[A-Za-z0-9_-]+)?\.weight$",  # peft, diffusers
+        r"^(?P<module>.+)\.lora_(?P<part>down|up)\.weight$",  # kohya, ComfyUI
+        r"^(?P<module>.+?)(?:\.processor)?(?P<leaf>\.to_q|\.to_k|\.to_v|\.to_out)_lora\.(?P<part>down|up)\.weight$",
+        r"^(?P<module>.+)\.lora(?:_linear_layer)?\.(?P<part>down|up)\.weight$",  # diffusers before peft
+        r"^(?P<module>.+?)(?:\.processor)?(?P<leaf>\.to_q|\.to_k|\.to_v|\.to_out)_lora\.(?P<part>alpha)$",
+        r"^(?P<module>.+?)(?:\.lora)?\.(?P<part>alpha)$",
+    )
+]
+_PARTS: dict[str, Part] = {"A": "A", "down": "A", "B": "B", "up": "B", "alpha": "alpha"}
+_SGM_ROOTS = ("input_blocks", "middle_block", "output_blocks")
+_IN_TRANSFORMER = ("proj_in", "proj_out", "transformer_blocks")
 
 _TOP_TO_SGM = {
     "conv_in": "input_blocks.0.0",
@@ -47,112 +59,153 @@ _COMPOUND = (
 _ELEMENT = re.compile(f"{_COMPOUND}|[a-z]+[0-9]*|[0-9]+")
 
 
-def kohya_name(module: str, *, sgm: bool, layers_per_block: int = 2) -> str:
+@dataclass(frozen=True)
+class Numbering:
+    """The numbers of Stability's UNet, which counts the layers of all blocks through.
+
+    Attributes:
+        layers: resnets of each down block; the up blocks have one more each, in the reverse order.
+        attention: of each up block, whether it has attention: the upsampler stands behind it.
+    """
+
+    layers: tuple[int, ...]
+    attention: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Numbering:
+        """Of the UNet with this config; an empty one is that of the public models."""
+        ups = config.get("up_block_types", ("CrossAttnUpBlock2D",) * 4)
+        layers = config.get("layers_per_block", 2)
+        return cls(
+            tuple(layers) if isinstance(layers, list | tuple) else (layers,) * len(ups),
+            tuple("Attn" in kind for kind in ups),
+        )
+
+    def first(self, side: str) -> list[int]:
+        """The number of each block's first layer; ``side`` is ``down_blocks`` or ``up_blocks``."""
+        layers = self.layers if side == "down_blocks" else self.layers[::-1]
+        return list(accumulate((n + 1 for n in layers[:-1]), initial=int(side == "down_blocks")))
+
+    def place(self, side: str, number: int) -> tuple[int, int]:
+        """(block, layer in it) of a layer's number.
+
+        Raises:
+            ValueError: the UNet has no such layer.
+        """
+        layers = self.layers if side == "down_blocks" else self.layers[::-1]
+        for block, (first, count) in enumerate(zip(self.first(side), layers, strict=True)):
+            if first <= number <= first + count:
+                return block, number - first
+        raise ValueError(f"the UNet has no layer {number} in its {side.replace('_', ' ')}")
+
+
+PUBLIC = Numbering.of({})
+
+
+def kohya_name(module: str, *, sgm: bool, numbering: Numbering = PUBLIC) -> str:
     """A diffusers module path as a kohya LoRA name; ``sgm`` for SDXL.
 
     Raises:
         ValueError: the module has no place in Stability's UNet.
     """
-    path = _to_sgm(module, layers_per_block) if sgm else module
-    return KOHYA_PREFIX + path.replace(".", "_")
+    return KOHYA_PREFIX + (_to_sgm(module, numbering) if sgm else module).replace(".", "_")
 
 
-def module_name(kohya: str, *, layers_per_block: int = 2) -> str:
-    """The diffusers module path of a kohya LoRA name, in either spelling of the path.
+def module_name(name: str, *, numbering: Numbering = PUBLIC) -> str:
+    """The diffusers path of a UNet module in any naming: with dots, or joined by underscores as kohya's.
 
     Raises:
-        ValueError: the name is no UNet module's.
+        ValueError: not the name of a UNet module.
     """
-    rest, elements = kohya.removeprefix(KOHYA_PREFIX), []
+    path = _PREFIX.sub("", name)
+    for prefix in _JOINED:
+        if path.startswith(prefix):
+            path = _split(path.removeprefix(prefix), name)
+            break
+    if path in _TOP_FROM_SGM:
+        return _TOP_FROM_SGM[path]
+    if path.split(".")[0] not in _SGM_ROOTS:
+        return path
+    try:
+        return _from_sgm(path, numbering)
+    except (IndexError, ValueError) as error:
+        raise ValueError(f"'{name}' is not the name of a module of this UNet: {error}") from None
+
+
+def lora_key(key: str, *, numbering: Numbering = PUBLIC) -> tuple[str, Part]:
+    """The module, in diffusers' naming, that a tensor of a LoRA file belongs to, and which of its tensors it is.
+
+    Raises:
+        ValueError: the tensor is not a UNet LoRA's.
+    """
+    for pattern in _KEYS:
+        if found := pattern.match(key):
+            leaf = found.groupdict().get("leaf") or ""
+            module = found["module"] + (".to_out.0" if leaf == ".to_out" else leaf)
+            return module_name(module, numbering=numbering), _PARTS[found["part"]]
+    raise ValueError(f"'{key}' is not a UNet LoRA weight")
+
+
+def _split(joined: str, name: str) -> str:
+    rest, elements = joined, []
     while rest:
         found = _ELEMENT.match(rest)
         if found is None:
-            raise ValueError(f"'{kohya}' is no LoRA name of a UNet module")
+            raise ValueError(f"'{name}' is not the LoRA name of a UNet module")
         elements.append(found.group())
         rest = rest[found.end() :].removeprefix("_")
-    path = ".".join(elements)
-    if path in _TOP_FROM_SGM or elements[0] in ("input_blocks", "middle_block", "output_blocks"):
-        return _from_sgm(path, layers_per_block)
-    return path
+    return ".".join(elements)
 
 
-def weight_key(key: str) -> str | None:
-    """A LoRA weight's key, in any naming with dots, as ``<module>.lora_A.weight`` or ``….lora_B.weight``; else None."""
-    bare = _PREFIX.sub("", key)
-    if found := _PEFT.match(bare):
-        return f"{found['module']}.lora_{found['part']}.weight"
-    if found := _PROCESSOR.match(bare):
-        leaf = "to_out.0" if found["leaf"] == "to_out" else found["leaf"]
-        return f"{found['module']}.{leaf}.lora_{_PARTS[found['part']]}.weight"
-    if found := _OLD.match(bare):
-        return f"{found['module']}.lora_{_PARTS[found['part']]}.weight"
-    return None
-
-
-def alpha_module(key: str) -> str:
-    """The module that a key ``….alpha`` belongs to."""
-    bare = _PREFIX.sub("", key).removesuffix(".alpha")
-    located = weight_key(bare + ".down.weight") or weight_key(bare + ".lora.down.weight")
-    return (located or bare).removesuffix(".lora_A.weight")
-
-
-def diffusers_key(key: str, layers_per_block: int) -> str:
-    """A key in kohya's naming in diffusers'; others as they are. Raises ValueError for what is no LoRA weight."""
-    if not key.startswith(KOHYA_PREFIX):
-        return key
-    name, _, tail = key.partition(".")
-    module = module_name(name, layers_per_block=layers_per_block)
-    if tail == "alpha":
-        return f"{module}.alpha"
-    found = _KOHYA.match(key)
-    if found is None:
-        raise ValueError(f"'{key}' is no LoRA weight")
-    return f"{module}.lora_{_PARTS[found['part']]}.weight"
-
-
-def _to_sgm(module: str, layers_per_block: int) -> str:
+def _to_sgm(module: str, numbering: Numbering) -> str:
     if module in _TOP_TO_SGM:
         return _TOP_TO_SGM[module]
+    nowhere = ValueError(f"'{module}' has no place in Stability's UNet")
     parts = module.split(".")
-    if parts[0] == "mid_block" and len(parts) > 3:
-        kind, layer, rest = parts[1], int(parts[2]), ".".join(parts[3:])
+    if parts[0] == "mid_block" and len(parts) > 3 and parts[1] in ("resnets", "attentions"):
+        kind, layer = parts[1], int(parts[2])
+        inner = _inner_to_sgm(kind, ".".join(parts[3:]))
+        if inner is None:
+            raise nowhere
         # Stability's middle block alternates resnet, attention, resnet.
-        place = f"middle_block.{2 * layer + (kind == 'attentions')}"
-        return f"{place}.{_inner_to_sgm(kind, rest)}"
+        return f"middle_block.{2 * layer + (kind == 'attentions')}.{inner}"
     if parts[0] not in ("down_blocks", "up_blocks") or len(parts) < 5:
-        raise ValueError(f"'{module}' has no place in Stability's UNet")
-    block, kind, layer, rest = int(parts[1]), parts[2], int(parts[3]), ".".join(parts[4:])
-    per_block = layers_per_block + 1
+        raise nowhere
+    side, block, kind, layer, rest = parts[0], int(parts[1]), parts[2], int(parts[3]), ".".join(parts[4:])
+    inner = _inner_to_sgm(kind, rest)
+    if inner is None or block >= len(numbering.layers):
+        raise nowhere
+    first = numbering.first(side)[block]
+    root = "input_blocks" if side == "down_blocks" else "output_blocks"
     if kind == "downsamplers":
-        return f"input_blocks.{(block + 1) * per_block}.0.op"
+        return f"{root}.{first + numbering.layers[block]}.0.{inner}"
     if kind == "upsamplers":
-        return f"output_blocks.{block * per_block + layers_per_block}.2.conv"
-    inner = f"{int(kind == 'attentions')}.{_inner_to_sgm(kind, rest)}"
-    if parts[0] == "down_blocks":
-        return f"input_blocks.{1 + block * per_block + layer}.{inner}"
-    return f"output_blocks.{block * per_block + layer}.{inner}"
+        return f"{root}.{first + numbering.layers[::-1][block]}.{1 + numbering.attention[block]}.{inner}"
+    return f"{root}.{first + layer}.{int(kind == 'attentions')}.{inner}"
 
 
-def _from_sgm(path: str, layers_per_block: int) -> str:
-    if path in _TOP_FROM_SGM:
-        return _TOP_FROM_SGM[path]
-    parts, per_block = path.split("."), layers_per_block + 1
+def _from_sgm(path: str, numbering: Numbering) -> str:
+    parts = path.split(".")
     if parts[0] == "middle_block":
-        index, rest = int(parts[1]), ".".join(parts[2:])
-        kind = "attentions" if index % 2 else "resnets"
-        return f"mid_block.{kind}.{index // 2}.{_inner_from_sgm(kind, rest)}"
-    index, inner, rest = int(parts[1]), int(parts[2]), ".".join(parts[3:])
-    if rest == "op":
-        return f"down_blocks.{index // per_block - 1}.downsamplers.0.conv"
-    if rest == "conv":
-        return f"up_blocks.{index // per_block}.upsamplers.0.conv"
+        number, rest = int(parts[1]), ".".join(parts[2:])
+        kind = "attentions" if number % 2 else "resnets"
+        return f"mid_block.{kind}.{number // 2}.{_inner_from_sgm(kind, rest)}"
+    number, inner, rest = int(parts[1]), int(parts[2]), ".".join(parts[3:])
+    side = "down_blocks" if parts[0] == "input_blocks" else "up_blocks"
+    block, layer = numbering.place(side, number)
+    if rest in ("op", "conv"):
+        return f"{side}.{block}.{'downsamplers' if side == 'down_blocks' else 'upsamplers'}.0.conv"
     kind = "attentions" if inner else "resnets"
-    side, index = ("down_blocks", index - 1) if parts[0] == "input_blocks" else ("up_blocks", index)
-    return f"{side}.{index // per_block}.{kind}.{index % per_block}.{_inner_from_sgm(kind, rest)}"
+    return f"{side}.{block}.{kind}.{layer}.{_inner_from_sgm(kind, rest)}"
 
 
-def _inner_to_sgm(kind: str, rest: str) -> str:
-    return _RESNET_TO_SGM[rest] if kind == "resnets" and rest in _RESNET_TO_SGM else rest
+def _inner_to_sgm(kind: str, rest: str) -> str | None:
+    """The end of a path; None for a layer that Stability's UNet does not have."""
+    if kind == "resnets":
+        return _RESNET_TO_SGM.get(rest)
+    if kind == "attentions":
+        return rest if rest.split(".")[0] in _IN_TRANSFORMER else None
+    return {"downsamplers": "op", "upsamplers": "conv"}.get(kind) if rest == "conv" else None
 
 
 def _inner_from_sgm(kind: str, rest: str) -> str:

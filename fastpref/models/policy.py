@@ -209,7 +209,7 @@ def _add_lora(unet: Any, config: Config, dtype: torch.dtype) -> None:
     from peft import LoraConfig
 
     if config.init_lora is not None:
-        from fastpref.models.export import load_adapter
+        from fastpref.models.lora_file import load_adapter
 
         load_adapter(unet, Path(config.init_lora), POLICY_ADAPTER)
         if config.reference != "ledger":

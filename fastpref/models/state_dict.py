@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,16 @@ def read_state_dict(path: Path, entry: str | None = None) -> dict[str, Tensor]:
     if not isinstance(value, Mapping) or not value or not all(isinstance(v, torch.Tensor) for v in value.values()):
         raise UserError("the checkpoint holds no state dict", str(path), "give the file as published")
     return {str(name).removeprefix("module."): tensor for name, tensor in value.items()}
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str, todo: str) -> None:
+    """Raise :class:`UserError` if a named tensor holds NaN or an infinity."""
+    for name, tensor in tensors:
+        # 8-bit floats have no isfinite of their own
+        wide = tensor.detach().float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor.detach()
+        bad = wide.numel() - int(torch.isfinite(wide).sum())
+        if bad:
+            raise UserError(f"{name} has {bad} of {wide.numel()} numbers that are NaN or infinite", where, todo)
 
 
 def refuse(

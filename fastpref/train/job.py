@@ -98,11 +98,23 @@ class TrainJob:
         """
         start, seconds = self._resume(run_dir)
         seconds = self._loop(run_dir, start, seconds)
+        self._check_trained()
         with self.trainer.engine.whole(), self.world.together():
             if self.world.is_main:
                 self.trainer.export(run_dir)
         best = export_best(self.best, self.trainer, run_dir, self.config.steps)
         return self._summary(seconds) | {"best_checkpoint": best}
+
+    def _check_trained(self) -> None:
+        """Without one step that was applied there is nothing to export."""
+        if self.trainer.skipped >= self.config.steps:
+            error = UserError(
+                f"none of {self.config.steps} steps was applied: no loss and gradient were finite, nothing is exported",
+                str(self.config.run_dir),
+                "check the model's weights, lower learning_rate, or use precision=fp32 or more steps",
+            )
+            error.shared = True
+            raise error
 
     def seconds_total(self) -> float:
         """Wall-clock seconds of this part of the run so far and of those before it."""
@@ -186,7 +198,7 @@ class TrainJob:
         values |= {"counts": list(astuple(self._work())), "seconds": seconds, "skipped": trainer.skipped}
         values |= {"seconds_total": self.seconds_total(), "layout": trainer.engine.layout, "best": self.best.state()}
         writer.save(step, tensors, values, spared=self.best.step, wait=wait)
-        if self.config.export_checkpoints:
+        if self.config.export_checkpoints and trainer.skipped < step:  # else nothing is trained yet
             self._export(run_dir / "exports", step)
 
     def _export(self, folder: Path, step: int) -> None:

@@ -59,7 +59,7 @@ from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_
 from fastpref.train.loader import Loader
 from fastpref.train.optim import learning_rate_at
 from fastpref.train.profile import phase
-from fastpref.train.trainer import Trainer
+from fastpref.train.trainer import Trainer, check_trained
 from fastpref.train.world import World
 
 
@@ -218,6 +218,7 @@ class StepPreferenceTrainer(PreferenceTrainer):
 
     def export(self, run_dir: Path) -> None:
         """The folder ``step_preference_model/``."""
+        check_trained(self.model.trainable, run_dir)
         save_step_preference(self.model, self.files, run_dir / FOLDER_NAME)
 
     def _scores(self, batch: PairBatch, captions: list[str]) -> torch.Tensor:
@@ -252,6 +253,7 @@ class LatentRewardTrainer(PreferenceTrainer):
 
     def export(self, run_dir: Path) -> None:
         """The folder ``latent_reward_model/``."""
+        check_trained(self.model.trainable, run_dir)
         save_latent_reward(self.model, self.facts, run_dir / LATENT_FOLDER_NAME)
 
     def _scores(self, batch: PairBatch, captions: list[str]) -> torch.Tensor:

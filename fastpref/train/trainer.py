@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.models.policy import Policy
+from fastpref.models.state_dict import check_finite
 from fastpref.models.work import Work
 from fastpref.train.engine import Engine
 from fastpref.watch import Watch
@@ -118,6 +119,11 @@ class Trainer(ABC):
             raise error
 
 
+def check_trained(trainable: Mapping[str, torch.Tensor], run_dir: Path) -> None:
+    """Raise :class:`UserError` if trained weights are not finite: they are not exported."""
+    check_finite(trainable.items(), str(run_dir), "nothing is exported; lower learning_rate, or use precision=fp32")
+
+
 class PolicyTrainer(Trainer):
     """A trainer whose trained model is a diffusion policy."""
 
@@ -139,6 +145,7 @@ class PolicyTrainer(Trainer):
         """A LoRA file or a ``unet/`` folder, in diffusers' format."""
         from fastpref.models.lora_file import save_lora
 
+        check_trained(self.policy.trainable, run_dir)
         if self.config.train == "lora":
             save_lora(self.policy.unet, run_dir)
             return

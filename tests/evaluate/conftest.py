@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig
 
 from fastpref.emoji.random_models import make_random_sd15, make_random_sdxl
-from fastpref.models.export import save_lora
 from fastpref.models.loading import load_unet
+from fastpref.models.lora_file import save_lora
 
 
 @pytest.fixture(scope="session")
