@@ -85,7 +85,7 @@ def run_export(
         source: a run directory, a LoRA file or folder, or a UNet folder.
         out: for ``pipeline`` a folder, else a .safetensors file.
         layout: ``pipeline``: the base with the trained weights merged; ``diffusers``, ``kohya``: a LoRA in that naming.
-        model: base pipeline folder; default: the one in the ``config.yaml`` of the run it is in.
+        model: base pipeline folder; default: what the run it is in started from, by its ``config.yaml``.
         dtype: of the written weights; default as stored.
         overwrite: replace an existing ``out``.
 
@@ -97,15 +97,19 @@ def run_export(
             numbers that are not finite.
     """
     lora, unet = trained_weights(source)
-    base = resolve_model_dir(model if model is not None else _model_of_run(source))
+    start, start_unet = (model, None) if model is not None else _start_of_run(source)
+    base = resolve_model_dir(start)
     if layout == "pipeline":
-        return export_pipeline(base, out, lora=lora, unet=unet, dtype=dtype, overwrite=overwrite)
+        return export_pipeline(base, out, lora=lora, unet=unet or start_unet, dtype=dtype, overwrite=overwrite)
     if lora is None:
         raise UserError("a fully trained UNet is no LoRA", str(source), "export it as pipeline")
     if out.exists() and not overwrite:
         raise UserError("the file exists", str(out), "give another name, or overwrite")
-    config = json.loads((base / "unet" / "config.json").read_text())
-    weights = fitted(read_lora(lora, unet_config=config), _shapes(config, base), str(lora))
+    unet_dir = start_unet if start_unet is not None and start_unet.is_dir() else base
+    folder = unet_dir / "unet" if (unet_dir / "unet").is_dir() else unet_dir
+    skeleton = _skeleton(folder)
+    config = dict(skeleton.config)
+    weights = fitted(read_lora(lora, unet_config=config), skeleton, str(lora))
     if dtype is not None:
         if dtype not in DTYPES:
             raise UserError(f"dtype is '{dtype}'", "export", "use fp32, bf16 or fp16")
@@ -127,16 +131,15 @@ def trained_weights(source: Path) -> tuple[Path | None, Path | None]:
     return resolve_lora(source), None
 
 
-def _shapes(config: dict[str, Any], base: Path) -> torch.nn.Module:
-    """The UNet of a config, without numbers."""
+def _skeleton(folder: Path) -> Any:
+    """The UNet of a folder, without its weights."""
     from diffusers import UNet2DConditionModel
 
     try:
         with torch.device("meta"):
-            unet: torch.nn.Module = UNet2DConditionModel.from_config(config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError("cannot make the model's UNet", str(base / "unet"), str(error)) from None
-    return unet
+            return UNet2DConditionModel.from_config(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError("cannot make the model's UNet", str(folder), str(error)) from None
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -154,10 +157,12 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return torch.float32
 
 
-def _model_of_run(source: Path) -> str:
+def _start_of_run(source: Path) -> tuple[str, Path | None]:
+    """The pipeline folder that a run trained on, and the UNet it took in place of that folder's."""
     folder = source if source.is_dir() else source.parent
     try:
         settings = yaml.safe_load((folder / "config.yaml").read_text())
-        return str(settings["model"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        unet = settings.get("unet")
+        return str(settings["model"]), None if unet is None else Path(unet)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         raise UserError("no run beside it says which model it is for", str(source), "give --model FOLDER") from None
