@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fastpref.cli import main
 from fastpref.emoji.random_models import make_random_sd15, make_random_sdxl
 from fastpref.errors import UserError
 from fastpref.models.export import export_pipeline, run_export
@@ -221,6 +222,29 @@ def test_kohya_export_of_a_run(folders: dict[str, Path], tmp_path: Path) -> None
     assert {key.rsplit(".", 2)[-2] for key in keys if key.endswith("weight")} == {"lora_down", "lora_up"}
     with pytest.raises(UserError, match="file exists"):
         run_export(file, out, layout="kohya", model=str(folders["sdxl"]))
+
+
+def test_the_command_exports_a_lora_that_no_run_is_beside(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = save_lora(_with_lora("sdxl", folders["sdxl"], 4, 2.0, ATTENTION), tmp_path)
+    expected = lora_of(_with_lora("sdxl", folders["sdxl"], 4, 2.0, ATTENTION))
+    for source in (lora, tmp_path):
+        command = ["fastpref", "export", str(source), "--out"]
+        monkeypatch.setattr("sys.argv", [*command, str(tmp_path / "x")])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2 and "give --model FOLDER" in capsys.readouterr().err
+        for layout in ("pipeline", "diffusers", "kohya"):
+            more = ["--model", str(folders["sdxl"]), "--layout", layout, "--overwrite"]
+            monkeypatch.setattr("sys.argv", [*command, str(tmp_path / "out" / layout), *more])
+            with pytest.raises(SystemExit) as stop:
+                main()
+            assert stop.value.code == 0
+            if layout != "pipeline":
+                assert read_lora(tmp_path / "out" / layout).alphas == expected.alphas
+    merged = DiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
+    _close(_output(merged.unet), _output(_with_lora("sdxl", folders["sdxl"], 4, 2.0, ATTENTION)))
 
 
 def _bad_files(folder: Path) -> dict[str, Path]:

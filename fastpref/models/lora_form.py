@@ -112,7 +112,8 @@ def _agreed(module: str, rank: int, given: float | None, stored: torch.Tensor | 
     if stored is not None and rounded not in (None, float(stored)):
         what = f"two alphas for {module}: {given:g} by the configuration, {float(stored):g} by its tensor"
         raise UserError(what, where, "save the LoRA again with one of them")
-    alpha = float(rank if given is None and stored is None else stored if given is None else given)
+    said = given if given is not None else stored
+    alpha = float(rank if said is None else said)
     if alpha == 0.0 or not math.isfinite(alpha):
         # programs disagree on 0: kohya's reads it as the rank
         raise UserError(f"the alpha of {module} is {alpha:g}", where, "save the LoRA again with another one")

@@ -41,7 +41,7 @@ def fitted(lora: Lora, unet: torch.nn.Module, where: str) -> Lora:
     Raises:
         UserError: a module that the UNet does not have, or has in another size.
     """
-    layers = {}
+    layers: dict[str, tuple[str, torch.Size]] = {}
     for name, module in unet.named_modules():
         layer = getattr(module, "base_layer", module)
         if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):

@@ -129,7 +129,7 @@ def test_dry_run_and_refusals_write_nothing(models: dict[str, Path], tmp_path: P
         (STYLE, [], {}, "no prompts"),
         (STYLE, PROMPTS[:1], {}, "1 prompts, 1 of them held out"),
         (STYLE, PROMPTS, {"size": 12}, "multiple of 8"),
-        (STYLE, PROMPTS, {"lora": tmp_path / "none.safetensors"}, "no such weights"),
+        (STYLE, PROMPTS, {"lora": tmp_path / "none.safetensors"}, "no such LoRA file"),
     ):
         with pytest.raises(UserError, match=message) as error:
             pairs_from_prompts(config, prompts, style, out, **options)
