@@ -89,11 +89,12 @@ class LiteralSPO:
     def __init__(self, trainer: StepwiseTrainer) -> None:
         self.config, collector = trainer.config, trainer.collector
         self.sampler, self.shape, self.dtype = collector.sampler, collector.shape, collector.dtype
-        if self.sampler.inner_steps or isinstance(collector.theta, tuple):
+        if self.sampler.inner_steps or len(set(collector.theta)) > 1:
             raise ValueError("the literal trainer has neither inner steps nor a threshold schedule")
         if self.sampler.schedule.prediction_type != "epsilon" or self.config.train != "lora" or self.config.init_lora:
             raise ValueError("the literal trainer is for ε-prediction and a LoRA that starts from nothing")
-        self.theta, self.steps, self.alphas = collector.theta, self.sampler.steps, self.sampler.schedule.alphas_cumprod
+        self.theta, self.steps = collector.theta[0], self.sampler.steps
+        self.alphas = self.sampler.schedule.alphas_cumprod
         folder, frozen = resolve_model_dir(self.config.model), DTYPES[self.config.precision]
         self.policy = copy.deepcopy(trainer.policy.unet)
         self.reference = load_unet(folder, frozen, self.config.unet).eval().requires_grad_(False)

@@ -34,7 +34,7 @@ class Config(BaseModel):
         "rpo", description="sft, dpo, rpo; spo, lpo: step-wise; spm, lrm: their step-aware or latent reward model"
     )
     preset: Literal["default", "reference"] = Field(
-        "default", description="reference: what the recipe leaves open is as in the method's official code (spo)"
+        "default", description="reference: what the recipe leaves open is as in the method's official code (spo, lpo)"
     )
     model: str = Field("emoji", description="diffusers pipeline folder (SDXL or SD1.5), or 'emoji' for the bundled one")
     unet: str | None = Field(None, description="start from this UNet folder or .safetensors instead of model/unet")
@@ -131,6 +131,10 @@ class Config(BaseModel):
     score_threshold: float | tuple[float, float] = Field(
         0.3,
         description="keep a pair if p_w - p_l exceeds it; [low, high]: from low to high with the step's sigma (LPO)",
+    )
+    score_at: Literal["next", "current"] = Field(
+        "next",
+        description="lpo: judge candidates at their own timestep; current: at that of the step before (official)",
     )
     eta: float = Field(1.0, gt=0, le=1, description="DDIM's noise in the rollout; 1 is DDPM's")
     rollout_lora: Literal["auto", "merged", "adapter"] = Field(

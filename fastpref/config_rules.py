@@ -18,19 +18,22 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "spo": {"beta": 10.0},
     "lpo": {"beta": 500.0, "plain_steps": 0, "score_threshold": [0.35, 0.5]},
 }
-# Official settings (ALGORITHMS of SPO, arXiv 2406.04314); its gradient clipping never takes effect, so it is off here.
+# What the official codes of SPO (arXiv 2406.04314) and LPO (arXiv 2502.01051) share. Their gradient clipping never
+# takes effect, so it is off here.
+_OFFICIAL_STEPWISE: dict[str, Any] = {
+    "max_grad_norm": None,
+    "ratio_clip": 0.1,
+    "eta": 1.0,
+    "guidance_scale": 5.0,
+    "sample_steps": 20,
+    "weight_decay": 1e-4,
+    "lr_scheduler": "constant",
+    "rollout_lora": "adapter",
+}
+# With preset reference LPO's thresholds also span the σ of all steps (rollout/transitions.py: thresholds).
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    ("spo", "reference"): {
-        "max_grad_norm": None,
-        "ratio_clip": 0.1,
-        "eta": 1.0,
-        "guidance_scale": 5.0,
-        "sample_steps": 20,
-        "plain_steps": 4,
-        "weight_decay": 1e-4,
-        "lr_scheduler": "constant",
-        "rollout_lora": "adapter",
-    },
+    ("spo", "reference"): {**_OFFICIAL_STEPWISE, "plain_steps": 4},
+    ("lpo", "reference"): {**_OFFICIAL_STEPWISE, "plain_steps": 0, "score_at": "current"},
 }
 
 
@@ -65,8 +68,8 @@ def check_config(config: Config) -> None:
         raise ValueError("ema_decay is set with pure_bf16, where an average would be rounded away: remove one")
     if config.reference == "ledger" and config.method not in LEDGER_METHODS:
         raise ValueError(f"reference is ledger with method {config.method}: dpo and rpo have one")
-    if config.preset == "reference" and config.method != "spo":
-        raise ValueError(f"preset is reference with method {config.method}: there is one for spo only")
+    if config.preset == "reference" and config.method not in STEPWISE_METHODS:
+        raise ValueError(f"preset is reference with method {config.method}: there is one for spo and lpo only")
     if config.engine == "deepspeed" and config.optimizer == "adafactor":
         raise ValueError("optimizer is adafactor, which ZeRO's flat partitions change: use adamw, or engine=local")
     if config.engine == "local" and (config.zero_stage or config.deepspeed):
@@ -127,6 +130,8 @@ def _check_scorer_method(config: Config) -> None:
 def _check_stepwise(config: Config) -> None:
     unused = ("safeguard", "sft_weight", "caption_dropout", "label_noise", "label_smoothing", "relabel", "draws")
     _refuse(config, unused)
+    if config.score_at == "current" and config.method != "lpo":
+        raise ValueError(f"score_at is current with method {config.method}, whose scorer sees x0 at its own timestep")
     branched = config.sample_steps - config.plain_steps
     if branched < 1:
         raise ValueError(f"plain_steps is {config.plain_steps}, must be below sample_steps {config.sample_steps}")

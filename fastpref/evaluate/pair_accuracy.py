@@ -28,13 +28,13 @@ from fastpref.models.latent_reward import LatentRewardModel, text_rows
 from fastpref.models.latent_reward_file import open_latent_reward
 from fastpref.models.loading import (
     DTYPES,
-    NoiseSchedule,
     load_noise_schedule,
     load_vae,
     model_fingerprint,
     resolve_device,
     resolve_model_dir,
 )
+from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.one_step import OneStep, load_one_step
 from fastpref.models.policy import Conditioning
 from fastpref.models.step_preference import StepPreferenceModel

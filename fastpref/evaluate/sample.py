@@ -1,7 +1,8 @@
 """Pictures as a function of (weights, prompt, seed): the same in any batch, and the same for any diffusers program.
 
 The initial latents of a picture are keyed noise of (seed, prompt); DDIM with eta = 0 (arXiv 2010.02502) draws nothing
-more. The denoising itself is the diffusers pipeline's own call.
+more. The denoising itself is the diffusers pipeline's own call, over the steps of
+:func:`fastpref.models.timesteps.denoising_steps`, which rollouts take too.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def generate(
     texts, numbers = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
     shape, images = latent_shape(pipeline, size), []
     stack = TextStack.of_pipeline(pipeline, max_caption_tokens)
-    with _ddim(pipeline), _counted(pipeline, work or Work()):
+    with _ddim(pipeline, sample_steps), _counted(pipeline, work or Work()):
         for start in _steps(len(pairs), batch_size, progress):
             part = slice(start, start + batch_size)
             latents = initial_latents(texts[part], numbers[part], shape)
@@ -103,7 +104,7 @@ def generate_pairs(
     """Pictures of two prompts each from one noise: ``first[i]`` and ``second[i]`` from ``latents[i]``, in one batch."""
     stack = TextStack.of_pipeline(pipeline, max_caption_tokens)
     both = torch.cat([latents, latents])
-    with _ddim(pipeline):
+    with _ddim(pipeline, sample_steps):
         images = _draw(pipeline, stack, [*first, *second], both, guidance_scale, sample_steps)
     return images[: len(first)], images[len(first) :]
 
@@ -281,9 +282,9 @@ def _steps(total: int, batch_size: int, progress: bool) -> Iterator[int]:
 
 
 @contextmanager
-def _ddim(pipeline: Any) -> Iterator[None]:
+def _ddim(pipeline: Any, sample_steps: int) -> Iterator[None]:
     own = pipeline.scheduler
-    pipeline.scheduler = sampling_scheduler(own)
+    pipeline.scheduler = sampling_scheduler(own, sample_steps)
     try:
         yield
     finally:

@@ -7,7 +7,8 @@ from typing import Protocol
 
 import torch
 
-from fastpref.models.loading import NoiseSchedule, _read_json, model_family
+from fastpref.models.loading import _read_json, model_family
+from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.policy import Conditioning
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from fastpref.errors import UserError
+from fastpref.models.noise_schedule import NoiseSchedule, ddim_settings, noise_schedule
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
@@ -38,7 +39,8 @@ def resolve_model_dir(model: str) -> Path:
     """The pipeline folder of a config's ``model``; 'emoji' is the bundled one.
 
     Raises:
-        UserError: no such folder, no pipeline folder, or a family other than SDXL and SD1.5.
+        UserError: no such folder, no pipeline folder, a family other than SDXL and SD1.5, or a noise schedule that
+            fastpref does not know.
     """
     if model == "emoji":
         from fastpref.emoji import MODEL_DIR
@@ -57,6 +59,7 @@ def resolve_model_dir(model: str) -> Path:
     for part in _PARTS[family]:
         if not (path / part).is_dir():
             raise UserError(f"the model folder has no {part}/", model, "give a whole pipeline folder")
+    load_noise_schedule(path)
     return path
 
 
@@ -178,28 +181,24 @@ def load_pipeline(path: Path, dtype: torch.dtype, device: torch.device) -> Diffu
     return pipe.to(device)
 
 
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """The forward process a model was trained with."""
-
-    alphas_cumprod: torch.Tensor  # (T,) float64
-    prediction_type: Literal["epsilon", "v_prediction"]
-
-    @property
-    def num_train_timesteps(self) -> int:
-        """T."""
-        return len(self.alphas_cumprod)
+def scheduler_settings(path: Path) -> dict[str, Any]:
+    """The folder's scheduler config as :func:`fastpref.models.noise_schedule.ddim_settings` reads it."""
+    named = _read_json(path / "model_index.json").get("scheduler")
+    library, name = named if isinstance(named, list) and len(named) == 2 else (None, None)
+    if library != "diffusers" or not isinstance(name, str):
+        what = f"model_index.json says that the scheduler is {named}"
+        raise UserError(what, str(path), 'it has to be of the form ["diffusers", "DDIMScheduler"]')
+    file = path / "scheduler" / "scheduler_config.json"
+    return ddim_settings(_read_json(file), str(file), name)
 
 
 def load_noise_schedule(path: Path) -> NoiseSchedule:
-    """ᾱ_t and the prediction type, from the folder's scheduler config as diffusers computes them."""
-    from diffusers import DDPMScheduler
+    """ᾱ_t and the prediction type, from the folder's scheduler config.
 
-    noise_scheduler = _open(lambda: DDPMScheduler.from_pretrained(path, subfolder="scheduler"), path)
-    kind = noise_scheduler.config["prediction_type"]
-    if kind not in ("epsilon", "v_prediction"):
-        raise UserError(f"prediction_type is {kind}", f"{path}/scheduler", "epsilon and v_prediction are supported")
-    return NoiseSchedule(noise_scheduler.alphas_cumprod.double(), kind)
+    Raises:
+        UserError: not a schedule that fastpref knows (:mod:`fastpref.models.noise_schedule`).
+    """
+    return noise_schedule(scheduler_settings(path), f"{path}/scheduler")
 
 
 def _open(load: Any, where: Path) -> Any:

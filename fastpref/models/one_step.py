@@ -10,7 +10,8 @@ import torch
 
 from fastpref.config import Config
 from fastpref.models.guidance import empty_conditioning, guided, predicted_x0
-from fastpref.models.loading import DTYPES, NoiseSchedule, load_unet, load_vae
+from fastpref.models.loading import DTYPES, load_unet, load_vae
+from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.policy import Conditioning
 from fastpref.models.work import Work
 

@@ -17,7 +17,7 @@ from fastpref.rollout.pool import Pool, PoolSampler, roll_out
 from fastpref.rollout.queue import ScoringQueue
 from fastpref.rollout.scoring import StepScorer
 from fastpref.rollout.step_scorers import agreement
-from fastpref.rollout.transitions import Selection, Transitions, select, thresholds, transitions_of
+from fastpref.rollout.transitions import Selection, Transitions, select, transitions_of
 from fastpref.watch import Interrupted, Watch
 
 
@@ -50,7 +50,7 @@ class Collector:
     """The settings and models of a rollout.
 
     Args:
-        theta: score threshold, or (low, high) over σ.
+        theta: score threshold of each segment.
         shape: (C, h, w) of the latents.
         batch_size: prompts at once in the rollout. score_chunk: candidates at once in the scorer.
         merge: put the LoRA into the weights meanwhile.
@@ -60,7 +60,7 @@ class Collector:
     policy: Policy
     scorer: StepScorer
     book: PromptBook
-    theta: float | tuple[float, float]
+    theta: Sequence[float]
     shape: tuple[int, int, int]
     batch_size: int
     score_chunk: int
@@ -126,8 +126,7 @@ class Collector:
         seconds: tuple[float, float],
         forwards: int,
     ) -> Round:
-        theta = thresholds(self.sampler, self.theta)
-        chosen = [[select(rows, limit) for rows, limit in zip(part, theta, strict=True)] for part in scores]
+        chosen = [[select(rows, limit) for rows, limit in zip(part, self.theta, strict=True)] for part in scores]
         found = [
             transitions_of(pool, selection, ids)
             for (ids, pools), part in zip(batches, chosen, strict=True)
@@ -139,7 +138,7 @@ class Collector:
         ranks = places * len(self.sampler.steps) + transitions.step
         return Round(
             transitions.rows(ranks.argsort(stable=True)),
-            [_joined([part[s] for part in chosen]) for s in range(len(theta))],
+            [_joined([part[s] for part in chosen]) for s in range(len(self.theta))],
             _sample(prompt, batches[0][1], chosen[0]),
             self.policy.forwards - forwards,
             *seconds,

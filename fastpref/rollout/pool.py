@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastpref.models.guidance import GuidedRows, Predict
-from fastpref.models.loading import NoiseSchedule
+from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.policy import Conditioning
 from fastpref.models.timesteps import DenoisingStep
 from fastpref_kernels import ddim_pool_step, derive_keys, keyed_noise, keyed_uniform_u32, predict_x0
@@ -34,6 +35,9 @@ class PoolSampler:
     ``steps`` are the denoising steps in order. The first ``plain_steps`` have no pools; behind them come segments of
     ``inner_steps + 1`` steps. A rollout ends with the last whole segment before step ``end``: what no pair is drawn
     from is not computed.
+
+    ``score_at`` says which timestep a scorer is told of: "next" is the candidates' own, from which the next step
+    starts, 0 for finished ones; "current" is that of the step that led to them (the official LPO code).
     """
 
     steps: Sequence[DenoisingStep]
@@ -45,6 +49,7 @@ class PoolSampler:
     guidance_scale: float
     eta: float
     seed: int
+    score_at: Literal["next", "current"] = "next"
 
     @property
     def segments(self) -> range:
@@ -52,10 +57,16 @@ class PoolSampler:
         return range(self.plain_steps, self.end - self.inner_steps, self.inner_steps + 1)
 
     @property
+    def own_timesteps(self) -> list[int]:
+        """The timestep at which the candidates of each segment lie; 0: they are finished."""
+        return [self.steps[first + self.inner_steps].t_prev for first in self.segments]
+
+    @property
     def score_timesteps(self) -> list[int]:
-        """The timestep of the candidates of each segment when they are scored; the last ones are finished: 0."""
-        ends = [first + self.inner_steps + 1 for first in self.segments]
-        return [self.steps[end].t if end < len(self.steps) else 0 for end in ends]
+        """The timestep that a scorer is told of the candidates of each segment."""
+        if self.score_at == "next":
+            return self.own_timesteps
+        return [self.steps[first + self.inner_steps].t for first in self.segments]
 
     def sigma(self, index: int) -> float:
         """Standard deviation of the noise that step ``index`` adds (DDIM, arXiv 2010.02502, equation 16)."""
@@ -67,7 +78,8 @@ class PoolSampler:
 class Pool:
     """One segment of N prompts: where it began and the K ways it could go.
 
-    ``paths[:, k, j]`` is the state after j + 1 steps; ``x0`` is what a scorer of x̂0 looks at, at timestep ``t``.
+    ``paths[:, k, j]`` is the state after j + 1 steps; ``x0`` is what a scorer of x̂0 looks at; ``t`` is the timestep
+    that the scorer is told.
     """
 
     first: int  # index of the segment's first step
@@ -105,7 +117,7 @@ def roll_out(
         conditioning: N rows; empty: one row.
         shape: (C, h, w) of the latents.
         epoch: pass over the prompts, part of the keys.
-        needs_x0: whether the scorer looks at x̂0.
+        needs_x0: whether the scorer looks at x̂0, which is predicted at the candidates' own timestep.
         dtype: of the latents.
         breathe: called before every UNet call; may raise to abandon the rollout.
     """
@@ -139,7 +151,7 @@ def roll_out(
     for index in range(sampler.plain_steps):
         x = stepped(x, predicted(one, x, sampler.steps[index].t), noise(index)[:, :1], index)[:, 0]
     prediction: Prediction | None = None
-    for first, t in zip(sampler.segments, sampler.score_timesteps, strict=True):
+    for first, t, told in zip(sampler.segments, sampler.own_timesteps, sampler.score_timesteps, strict=True):
         prediction = prediction or predicted(one, x, sampler.steps[first].t)
         states = [stepped(x, prediction, noise(first), first).flatten(0, 1)]
         for index in range(first + 1, first + sampler.inner_steps + 1):
@@ -153,7 +165,7 @@ def roll_out(
             x0 = _promised(sampler, states[-1], seen, alphas, t)
             prediction = seen[0][rows], None if seen[1] is None else seen[1][rows]
         paths = torch.stack(states, dim=1).unflatten(0, (-1, k))
-        yield Pool(first, x, paths, None if x0 is None else x0.unflatten(0, (-1, k)), t, chosen)
+        yield Pool(first, x, paths, None if x0 is None else x0.unflatten(0, (-1, k)), told, chosen)
         x = states[-1][rows]
 
 

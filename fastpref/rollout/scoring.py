@@ -17,8 +17,10 @@ class StepScorer(Protocol):
     def score(self, latents: Tensor, x0: Tensor | None, t: int, prompts: Sequence[str]) -> Tensor:
         """(n,) scores, higher is better, fp32 or fp64 on ``latents``' device.
 
-        latents: (n, C, h, w) candidates at timestep ``t``; at t = 0 they are finished.
-        x0: (n, C, h, w) what they promise to become, under guidance (at t = 0 the latents); None unless ``needs_x0``.
+        latents: (n, C, h, w) candidates.
+        x0: (n, C, h, w) what they promise to become, under guidance (finished ones: the latents); None unless
+            ``needs_x0``.
+        t: the candidates' timestep, 0 if they are finished; with ``score_at=current`` that of the step before.
         prompts: n prompts.
         """
         ...

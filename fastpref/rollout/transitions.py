@@ -60,13 +60,19 @@ class Selection:
     kept: Tensor  # (N,) bool
 
 
-def thresholds(sampler: PoolSampler, theta: float | tuple[float, float]) -> list[float]:
-    """θ of each segment: one number, or from low to high linearly in σ of the segment's first step."""
+def thresholds(sampler: PoolSampler, theta: float | tuple[float, float], *, over_all_steps: bool) -> list[float]:
+    """θ of each segment: one number, or from low to high linearly in σ of the segment's first step.
+
+    Args:
+        over_all_steps: low and high belong to the least and the greatest σ of the whole grid, as in the official LPO
+            code; else to those of the segments that there are.
+    """
     if not isinstance(theta, tuple):
         return [theta] * len(sampler.segments)
     low, high = theta
     sigmas = [sampler.sigma(first) for first in sampler.segments]
-    least, range_ = min(sigmas), max(sigmas) - min(sigmas)
+    spanned = [sampler.sigma(index) for index in range(len(sampler.steps))] if over_all_steps else sigmas
+    least, range_ = min(spanned), max(spanned) - min(spanned)
     return [low + (high - low) * ((sigma - least) / range_ if range_ else 1.0) for sigma in sigmas]
 
 

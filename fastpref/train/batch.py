@@ -21,7 +21,7 @@ import torch
 from fastpref.config import Config
 from fastpref.data.sampling import BatchPlan
 from fastpref.data.store import ClipBatch, Store, StoreBatch
-from fastpref.models.loading import NoiseSchedule
+from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.policy import Conditioning
 from fastpref.models.time_ids import target_time_ids
 from fastpref.objectives.rpo import combine_embeddings

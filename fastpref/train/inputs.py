@@ -10,7 +10,8 @@ from fastpref.data.records import read_captions
 from fastpref.data.sampling import Sampler
 from fastpref.data.store import Store
 from fastpref.errors import UserError
-from fastpref.models.loading import NoiseSchedule, load_noise_schedule, model_family, model_fingerprint
+from fastpref.models.loading import load_noise_schedule, model_family, model_fingerprint
+from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.timesteps import denoising_steps
 from fastpref.rollout.pool import PoolSampler
 
@@ -48,14 +49,18 @@ def open_schedule(config: Config, model_dir: Path) -> NoiseSchedule:
 
 
 def open_pool_sampler(config: Config, model_dir: Path, schedule: NoiseSchedule) -> PoolSampler:
-    """How step-wise methods roll out; refused if no segment of steps lies in ``timestep_range``."""
+    """How step-wise methods roll out; refused if no segment of steps lies in ``timestep_range``.
+
+    The steps are one fewer than ``sample_steps`` where the grid has timestep 0 (:func:`denoising_steps`).
+    """
     steps = denoising_steps(model_dir, config.sample_steps)
     low, high = config.timestep_range or (0, schedule.num_train_timesteps)
     plain = max(config.plain_steps, sum(step.t >= high for step in steps))
     end = sum(step.t >= low for step in steps)
     if end - plain <= config.inner_steps:
         what = f"no segment of {config.inner_steps + 1} steps lies in it behind {config.plain_steps} plain steps"
-        raise UserError(what, "timestep_range", f"the steps are at {[step.t for step in steps]}")
+        where = "sample_steps" if config.timestep_range is None else "timestep_range"
+        raise UserError(what, where, f"the steps are at {[step.t for step in steps]}")
     return PoolSampler(
         steps,
         schedule,
@@ -66,6 +71,7 @@ def open_pool_sampler(config: Config, model_dir: Path, schedule: NoiseSchedule) 
         config.guidance_scale,
         config.eta,
         config.seed,
+        config.score_at,
     )
 
 

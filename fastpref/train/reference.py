@@ -28,7 +28,8 @@ from fastpref.data.sampling import BatchPlan, Sampler
 from fastpref.data.store import Store
 from fastpref.data.workspace import Ranks
 from fastpref.errors import UserError
-from fastpref.models.loading import NoiseSchedule, resolve_model_dir, unet_fingerprint
+from fastpref.models.loading import resolve_model_dir, unet_fingerprint
+from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.policy import Policy, load_reference
 from fastpref.models.time_ids import target_time_ids
 from fastpref.train.batch import BatchBuilder, PairBatch

@@ -73,7 +73,7 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device, world: W
         policy,
         scorer,
         book,
-        config.score_threshold,
+        thresholds(sampler, config.score_threshold, over_all_steps=config.preset == "reference"),
         (policy.unet.config.in_channels, side, side),
         config.rollout_batch_size,
         config.decode_batch_size,
@@ -206,7 +206,7 @@ class StepwiseTrainer(PolicyTrainer):
             gaps.append(torch.cat([selection.gap for selection in selections]))
         quantiles = gap_quantiles(torch.cat(gaps))
         shown = ", ".join(f"{place}: {'none' if gap is None else f'{gap:.3g}'}" for place, gap in quantiles.items())
-        least = 2 * math.atanh(min(thresholds(self.collector.sampler, self.collector.theta)))
+        least = 2 * math.atanh(min(self.collector.theta))
         raise UserError(
             f"no pair of {_EMPTY_ROUNDS} rollouts is clear enough: the score gap's quantiles are {shown}, needed > "
             f"{least:.3g}",
@@ -228,7 +228,7 @@ class StepwiseTrainer(PolicyTrainer):
         """Transitions and verdicts of all ranks, in the order of the round's prompts."""
         scores = torch.stack([selection.scores for selection in own.selections])  # (S, n, K)
         flat = self.engine.world.gather(scores.transpose(1, 2).flatten(0, 1))  # (S·K, N)
-        theta = thresholds(self.collector.sampler, self.collector.theta)
+        theta = self.collector.theta
         rows = flat.unflatten(0, (len(theta), -1)).transpose(1, 2)
         gathered = {
             name: self.engine.world.gather(tensor.flatten(1).T if tensor.ndim > 1 else tensor[None])
@@ -248,8 +248,7 @@ class StepwiseTrainer(PolicyTrainer):
 
     def _book(self, step: int, own: Round, selections: Sequence[Selection], prompts: int, transitions: int) -> None:
         assert self.record is not None
-        sampler = self.collector.sampler
-        theta = thresholds(sampler, self.collector.theta)
+        sampler, theta = self.collector.sampler, self.collector.theta
         forwards = sum(self.engine.world.objects(own.unet_forwards))
         cost = {
             "unet_forwards": forwards,

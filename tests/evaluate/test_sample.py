@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler
 from PIL import Image
 
 from fastpref.config import parse_config
@@ -147,11 +147,13 @@ def test_the_scheduler_is_ddim_over_the_pipelines_own_schedule() -> None:
     own = EulerDiscreteScheduler(
         beta_start=0.001, beta_end=0.02, prediction_type="v_prediction", timestep_spacing="leading", steps_offset=1
     )
-    ddim = sampling_scheduler(own)
+    ddim = sampling_scheduler(own, 20)
     torch.testing.assert_close(ddim.alphas_cumprod, own.alphas_cumprod)
     assert (ddim.config.prediction_type, ddim.config.steps_offset) == ("v_prediction", 1)
-    assert ddim.config.clip_sample is False
-    assert sampling_scheduler(DDIMScheduler(clip_sample=True)).config.clip_sample is True
+    for scheduler in (ddim, sampling_scheduler(DDIMScheduler(clip_sample=True, set_alpha_to_one=True), 20)):
+        assert not (scheduler.config.clip_sample or scheduler.config.thresholding or scheduler.config.set_alpha_to_one)
+    with pytest.raises(UserError, match="the scheduler is LCMScheduler"):
+        sampling_scheduler(LCMScheduler(), 20)
 
 
 def test_prompts_with_one_slug_get_two_files(models: dict[str, Path], tmp_path: Path) -> None:
