@@ -47,14 +47,40 @@ def test_a_pool_with_a_score_that_is_no_number_is_dropped(bad: float) -> None:
 
 def test_a_threshold_schedule_is_linear_in_sigma(sampler: PoolSampler) -> None:
     every = PoolSampler(sampler.steps, sampler.schedule, 0, 20, 0, 4, 5.0, 1.0, 0)
-    theta, sigmas = thresholds(every, (0.35, 0.5)), [every.sigma(i) for i in range(20)]
+    theta, sigmas = thresholds(every, (0.35, 0.5), over_all_steps=False), [every.sigma(i) for i in range(20)]
     assert min(theta) == pytest.approx(0.35) and max(theta) == pytest.approx(0.5)
     slopes = [(theta[i] - 0.35) / (sigmas[i] - min(sigmas)) for i in range(20) if sigmas[i] != min(sigmas)]
     assert max(slopes) == pytest.approx(min(slopes))
     t, before = every.steps[0]
     alpha, alpha_before = every.schedule.alphas_cumprod[t], every.schedule.alphas_cumprod[before]
     assert sigmas[0] ** 2 == pytest.approx(float((1 - alpha_before) / (1 - alpha) * (1 - alpha / alpha_before)))
-    assert thresholds(every, 0.3) == [0.3] * 20
+    assert thresholds(every, 0.3, over_all_steps=True) == [0.3] * 20
+
+
+OFFICIAL_SIGMAS = [0.0206, 0.0406, 0.1673, 0.2144, 0.2509, 0.2836, 0.3144, 0.3442, 0.3732, 0.4016]
+OFFICIAL_SIGMAS += [0.4293, 0.4565, 0.4829, 0.5087, 0.5336, 0.5576, 0.5807, 0.6029, 0.6241, 0.6444]
+
+
+@pytest.mark.parametrize("theta", [(0.35, 0.5), (0.45, 0.6)])
+@pytest.mark.parametrize("end", [20, 9])
+def test_thresholds_over_all_steps_are_those_of_the_official_code(
+    sampler: PoolSampler, theta: tuple[float, float], end: int
+) -> None:
+    """It reads σ, in four digits, from a table of t = 1, 51, …, 951 (Kwai-Kolors/LPO at 9c2e8b8, compare_funcs.py).
+
+    So 5e-5 is the most by which σ differs, and (high - low)·5e-5·4 / (0.6444 - 0.0206) by which θ does.
+    """
+    cut = PoolSampler(sampler.steps, sampler.schedule, 0, end, 0, 4, 5.0, 1.0, 0)
+    low, high = theta
+    span = OFFICIAL_SIGMAS[-1] - OFFICIAL_SIGMAS[0]
+    official = [
+        (OFFICIAL_SIGMAS[step.t // 50] - OFFICIAL_SIGMAS[0]) / span * (high - low) + low for step in cut.steps[:end]
+    ]
+    found = thresholds(cut, theta, over_all_steps=True)
+    assert found == pytest.approx(official, abs=(high - low) * 2e-4 / span)
+    used = thresholds(cut, theta, over_all_steps=False)
+    assert (used[0], used[-1]) == pytest.approx(theta[::-1])
+    assert (used == pytest.approx(found)) == (end == 20)
 
 
 def pool(n: int, k: int, length: int) -> Pool:

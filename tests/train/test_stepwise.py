@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from read_backs import ReadBacks
 from safetensors.torch import load_file
 
@@ -226,6 +228,36 @@ def test_a_scorer_of_noisy_candidates_needs_no_x0(recipe: Recipe, tmp_path: Path
     assert trainer.policy.forwards == 2 * 2 * 6 and trainer.work().vae_decodes == 0
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "timesteps"),
+    [
+        (DDPMScheduler(), [664, 498, 332, 166, 0]),
+        (DDIMScheduler(timestep_spacing="linspace"), [799, 599, 400, 200, 0]),
+        (EulerDiscreteScheduler(timestep_spacing="trailing"), [832, 666, 499, 332, 166, 0]),
+    ],
+)
+def test_a_round_is_trained_on_whatever_the_models_grid(
+    recipe: Recipe, sdxl: Path, tmp_path: Path, scheduler: Any, timesteps: list[int]
+) -> None:
+    """Scores are asked for at t - 1 by default, at t with LPO's reference preset; the loss is finite on every step."""
+    model = tmp_path / "model"
+    shutil.copytree(sdxl, model, copy_function=lambda source, target: Path(target).hardlink_to(source))
+    shutil.rmtree(model / "scheduler")
+    scheduler.save_pretrained(model / "scheduler")
+    asked = {}
+    for preset in ("default", "reference"):
+        settings = ["method=lpo", f"preset={preset}", "scorer=tiny_scorers:noisy", "plain_steps=0", "score_threshold=0"]
+        config = recipe(f"model={model}", *settings, "steps=2", f"name={preset}")
+        run_training(config)
+        run = config.run_dir
+        (line, *_) = [json.loads(text) for text in (run / "rollouts.jsonl").read_text().splitlines()]
+        asked[preset] = line["timesteps"]
+        losses = [json.loads(text)["loss"] for text in (run / "metrics.jsonl").read_text().splitlines()]
+        assert len(losses) == 2 and all(map(math.isfinite, losses))
+    assert asked["default"] == timesteps
+    assert asked["reference"][1:] == timesteps[:-1] and asked["reference"][0] > timesteps[0]
+
+
 @pytest.mark.parametrize("micro", [3, 2, 1])
 def test_micro_batches_do_not_change_the_training(recipe: Recipe, tmp_path: Path, micro: int) -> None:
     def trained(*more: str) -> torch.Tensor:
@@ -364,6 +396,10 @@ def test_presets_and_defaults_of_a_method(recipe: Recipe) -> None:
     assert load_config("", ["method=spo", "preset=reference", "max_grad_norm=2"]).max_grad_norm == 2.0
     latent = load_config("", ["method=lpo"])
     assert (latent.beta, latent.score_threshold, latent.plain_steps) == (500.0, (0.35, 0.5), 0)
+    assert (latent.score_at, latent.preset, latent.max_grad_norm) == ("next", "default", 1.0)
+    latent = load_config("", ["method=lpo", "preset=reference"])
+    assert (latent.score_at, latent.beta, latent.max_grad_norm) == ("current", 500.0, None)
+    assert (latent.score_threshold, latent.plain_steps, latent.candidates) == ((0.35, 0.5), 0, 4)
 
 
 @pytest.mark.parametrize(
