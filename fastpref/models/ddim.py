@@ -16,6 +16,9 @@ class ChainedDDIMScheduler(DDIMScheduler):
     are the same; with linspace, or trailing where ``steps`` does not divide T, it is one that nothing goes on from.
     """
 
+    timesteps: Any
+    num_inference_steps: Any
+
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         super().set_timesteps(num_inference_steps, device)
         self.timesteps = self.timesteps[:num_inference_steps]  # trailing, 61 steps: rounding adds a 62nd, at t = -1

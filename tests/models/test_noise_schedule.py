@@ -90,7 +90,7 @@ FLOW = "FlowMatchEulerDiscreteScheduler"
     ("settings", "message"),
     [
         *(
-            ({"_class_name": name}, f"the scheduler is a {name}")
+            ({"_class_name": name}, f"the scheduler is {name}")
             for name in (FLOW, "EDMEulerScheduler", "LCMScheduler")
         ),
         ({"_class_name": FLOW}, "a flow-matching model"),
