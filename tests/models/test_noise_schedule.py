@@ -89,10 +89,7 @@ FLOW = "FlowMatchEulerDiscreteScheduler"
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        *(
-            ({"_class_name": name}, f"the scheduler is {name}")
-            for name in (FLOW, "EDMEulerScheduler", "LCMScheduler")
-        ),
+        *(({"_class_name": name}, f"the scheduler is {name}") for name in (FLOW, "EDMEulerScheduler", "LCMScheduler")),
         ({"_class_name": FLOW}, "a flow-matching model"),
         ({"_class_name": "LCMScheduler"}, "distilled to few steps"),
         ({"_class_name": "TCDScheduler"}, "distilled to few steps"),
