@@ -24,9 +24,9 @@ from fastpref.data.store import Store, StoreBatch
 from fastpref.errors import UserError
 from fastpref.evaluate.pair_accuracy import evaluate_pair_accuracy
 from fastpref.evaluate.sample import generate, load_policy_pipeline
-from fastpref.models.loading import load_text_stack
 from fastpref.models.policy import Conditioning
 from fastpref.models.prompt_book import PromptBook
+from fastpref.models.text import load_text_stack
 from fastpref.models.time_ids import target_time_ids
 from fastpref.models.work import Work
 from fastpref.train.job import TrainJob
