@@ -17,6 +17,7 @@ from fastpref.models.lora_file import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, load_adap
 from fastpref.models.lora_form import Lora
 from fastpref.models.lora_unet import fitted
 from fastpref.models.state_dict import check_finite
+from fastpref.models.weights import find_weights, stored_dtype, weight_files
 
 
 def export_pipeline(
@@ -30,7 +31,8 @@ def export_pipeline(
 ) -> Path:
     """Write a pipeline folder with the trained UNet in it; any diffusers program opens it, no LoRA needed.
 
-    The UNet is merged in fp32 and then rounded once; every other part is copied as it is.
+    The UNet is merged in fp32 and then rounded once. Of every other part the weights that were used are copied as they
+    are, under names without a variant, so that a plain ``from_pretrained`` opens them.
 
     Args:
         model_dir: the base pipeline folder.
@@ -58,7 +60,7 @@ def export_pipeline(
     draft = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(model_dir, draft, ignore=lambda folder, _: ["unet"] if Path(folder) == model_dir else [])
+        _copy_parts(model_dir, draft)
         merged.save_pretrained(draft / "unet", safe_serialization=True)
         if out_dir.exists():
             shutil.rmtree(out_dir)
@@ -142,19 +144,26 @@ def _skeleton(folder: Path) -> Any:
         raise UserError("cannot make the model's UNet", str(folder), str(error)) from None
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the first floating-point tensor in a folder's safetensors; fp32 if there are none."""
-    from safetensors import safe_open
+def _copy_parts(model_dir: Path, draft: Path) -> None:
+    """Copy a pipeline folder without its UNet, without weights that are not loaded, and without a checkpoint beside
+    them, which would be the untrained model."""
+    found = {folder: find_weights(folder) for folder in model_dir.iterdir() if (folder / "config.json").is_file()}
 
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118
-                name = opened.get_slice(key).get_dtype()
-                if name in ("F32", "F16", "BF16", "F64"):
-                    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[
-                        name
-                    ]
-    return torch.float32
+    def unused(name: str, _: list[str]) -> list[str]:
+        folder = Path(name)
+        weights = found.get(folder)
+        if folder == model_dir:
+            return ["unet", *(file.name for file in weight_files(folder))]
+        if weights is None:
+            return []
+        return [file.name for file in weight_files(folder) - {*weights.files, weights.index}]
+
+    shutil.copytree(model_dir, draft, ignore=unused)
+    for folder, weights in found.items():
+        if weights is not None and folder.name != "unet":
+            for file in {*weights.files, weights.index} - {None}:
+                copy = draft / folder.name / file.name
+                copy.rename(copy.with_name(weights.plain_name(file)))
 
 
 def _start_of_run(source: Path) -> tuple[str, Path | None]:

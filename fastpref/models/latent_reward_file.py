@@ -22,6 +22,7 @@ from fastpref.models.latent_reward import LatentRewardModel
 from fastpref.models.loading import Family, _open, _read_json, load_unet, model_family
 from fastpref.models.similarity import resolve_clip_dir
 from fastpref.models.state_dict import read_state_dict, refuse
+from fastpref.models.weights import weights_of
 
 FOLDER_NAME = "latent_reward_model"
 WEIGHTS_NAME = "latent_reward_model.safetensors"
@@ -180,7 +181,8 @@ def _text_projection(clip: str, width: int) -> torch.Tensor:
     from transformers import CLIPTextModelWithProjection
 
     folder = resolve_clip_dir(clip)
-    load = partial(CLIPTextModelWithProjection.from_pretrained, folder, dtype=torch.float32)
+    options = weights_of(folder).options
+    load = partial(CLIPTextModelWithProjection.from_pretrained, folder, dtype=torch.float32, **options)
     weight = _open(load, folder).text_projection.weight.detach()
     if weight.shape != (width, width):
         what = f"the CLIP's text projection is {tuple(weight.shape)}, the model's text rows need {(width, width)}"

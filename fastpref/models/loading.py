@@ -16,6 +16,7 @@ import torch
 
 from fastpref.errors import UserError
 from fastpref.models.noise_schedule import NoiseSchedule, ddim_settings, noise_schedule
+from fastpref.models.weights import weights_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
@@ -76,7 +77,11 @@ def model_family(path: Path) -> Family:
 
 
 def model_fingerprint(path: Path) -> str:
-    """sha256 over the files of the VAE, text encoders and tokenizers: what a prepared store depends on."""
+    """sha256 over the files of the VAE, text encoders and tokenizers: what a prepared store depends on.
+
+    Over all of them, also variants that :func:`~fastpref.models.weights.find_weights` does not choose, so that a store
+    stays valid as long as nobody touches the folder.
+    """
     digest = hashlib.sha256()
     for part in _FINGERPRINTED:
         for file in sorted(p for p in (path / part).rglob("*") if p.is_file()):
@@ -117,13 +122,18 @@ def resolve_device(device: str) -> torch.device:
 
 def load_vae(path: Path, precision: str, device: torch.device) -> AutoencoderKL:
     """The VAE in a precision it survives: 'auto' is fp32 where ``force_upcast`` says so, else bf16 on a GPU."""
-    from diffusers import AutoencoderKL
-
     if precision == "auto":
         upcast = _read_json(path / "vae" / "config.json").get("force_upcast", True)
         precision = "fp32" if upcast or device.type == "cpu" else "bf16"
-    vae = _open(lambda: AutoencoderKL.from_pretrained(path / "vae", dtype=DTYPES[precision]), path)
-    return vae.to(device).eval().requires_grad_(False)
+    return _load_vae(path, DTYPES[precision]).to(device)
+
+
+def _load_vae(path: Path, dtype: torch.dtype) -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
+    options = weights_of(path / "vae").options
+    vae = _open(partial(AutoencoderKL.from_pretrained, path / "vae", dtype=dtype, **options), path)
+    return vae.eval().requires_grad_(False)
 
 
 def vae_scale_factor(path: Path) -> int:
@@ -158,24 +168,24 @@ def _open_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
     _read_json(folder / "config.json")
-    if not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        raise UserError("no UNet weights there", str(folder), "it has to hold diffusion_pytorch_model.safetensors")
-    return _open(lambda: UNet2DConditionModel.from_pretrained(folder, dtype=dtype), folder)
+    options = weights_of(folder).options
+    return _open(lambda: UNet2DConditionModel.from_pretrained(folder, dtype=dtype, **options), folder)
 
 
 def load_pipeline(path: Path, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
     """The whole pipeline for sampling: no safety checker, no progress bar of its own."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    if model_family(path) == "sdxl":
-        pipe = _open(lambda: StableDiffusionXLPipeline.from_pretrained(path, dtype=dtype, add_watermarker=False), path)
+    # Each part on its own, as training opens it: one may have a variant alone and the next none.
+    parts: dict[str, Any] = {"unet": load_unet(path, dtype), "vae": _load_vae(path, dtype)}
+    text = load_text_stack(path, dtype, torch.device("cpu"))
+    parts |= {f"text_encoder{suffix}": encoder for suffix, encoder in zip(("", "_2"), text.encoders, strict=False)}
+    if text.family == "sdxl":
+        load: Any = partial(StableDiffusionXLPipeline.from_pretrained, path, add_watermarker=False)
     else:
-        pipe = _open(
-            lambda: StableDiffusionPipeline.from_pretrained(
-                path, dtype=dtype, safety_checker=None, requires_safety_checker=False
-            ),
-            path,
-        )
+        off = {"safety_checker": None, "requires_safety_checker": False}
+        load = partial(StableDiffusionPipeline.from_pretrained, path, **off)
+    pipe = _open(partial(load, dtype=dtype, **parts), path)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -10,6 +10,7 @@ import torch
 
 from fastpref.errors import UserError
 from fastpref.models.loading import _open
+from fastpref.models.weights import weights_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,7 +35,9 @@ class ClipEncoder:
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
         self.device = torch.device(device)
-        self.model: Any = _open(partial(CLIPModel.from_pretrained, path, dtype=torch.float32), path)
+        self.model: Any = _open(
+            partial(CLIPModel.from_pretrained, path, dtype=torch.float32, **weights_of(path).options), path
+        )
         self.model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = _open(partial(CLIPTokenizer.from_pretrained, path), path)
         self.processor = _open(partial(CLIPImageProcessorPil.from_pretrained, path), path)

@@ -23,6 +23,7 @@ from fastpref.models.loading import _open
 from fastpref.models.similarity import resolve_clip_dir
 from fastpref.models.state_dict import read_state_dict, refuse
 from fastpref.models.step_preference import ClipScorer, Preprocess, StepPreferenceModel
+from fastpref.models.weights import weights_of
 
 FOLDER_NAME = "step_preference_model"
 WEIGHTS_NAME = "step_preference_model.safetensors"
@@ -167,7 +168,7 @@ def _clip(folder: Path, state: dict[str, torch.Tensor] | None, where: Path, dtyp
 
     options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if state is None:
-        load = partial(CLIPModel.from_pretrained, folder, **options)
+        load = partial(CLIPModel.from_pretrained, folder, **options, **weights_of(folder).options)
     else:
         config = _open(partial(CLIPConfig.from_pretrained, folder), folder)
         load = partial(CLIPModel.from_pretrained, None, config=config, state_dict=state, **options)

@@ -24,6 +24,7 @@ import torch
 from fastpref.errors import UserError
 from fastpref.models.caption_length import BLOCKS
 from fastpref.models.loading import Family, _open, _read_json, model_family
+from fastpref.models.weights import weights_of
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def load_text_stack(path: Path, dtype: torch.dtype, device: torch.device, max_ca
     kinds: dict[str, Any] = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection}
     family, encoders = model_family(path), []
     for suffix in _suffixes(path):
-        load = partial(kinds[suffix].from_pretrained, path / f"text_encoder{suffix}", dtype=dtype)
+        folder = path / f"text_encoder{suffix}"
+        load = partial(kinds[suffix].from_pretrained, folder, dtype=dtype, **weights_of(folder).options)
         encoders.append(_open(load, path).to(device).eval().requires_grad_(False))
     return TextStack(family, [_tokenizer(path, s) for s in _suffixes(path)], encoders, device, max_caption_tokens)
 

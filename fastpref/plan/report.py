@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
 from rich.console import Group
 from rich.table import Table
 
@@ -18,6 +17,7 @@ from fastpref.errors import UserError
 from fastpref.memory import resident_bytes
 from fastpref.models.caption_length import BLOCKS
 from fastpref.models.loading import _read_json, resolve_model_dir, vae_scale_factor
+from fastpref.models.weights import stored_values
 from fastpref.plan.cost import Batch, flops, store_line, traffic_bytes
 from fastpref.plan.count import Shapes, StepCount, count_step
 from fastpref.plan.devices import device_bytes
@@ -168,17 +168,7 @@ def _beside(config: Config) -> int:
     wide = 4 if config.precision in ("fp32", "fp64") else 2
     folders = [resolve_model_dir(config.model) / name for name in ("text_encoder", "text_encoder_2", "vae")]
     folders += [Path(found) for found in (config.scorer, config.clip) if found is not None]
-    return wide * sum(_stored_values(folder) for folder in folders)
-
-
-def _stored_values(folder: Path) -> int:
-    from safetensors import safe_open
-
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as stored:
-            total += sum(torch.Size(stored.get_slice(name).get_shape()).numel() for name in stored.keys())  # noqa: SIM118
-    return total
+    return wide * sum(stored_values(folder) for folder in folders)
 
 
 def render(plan: Plan) -> Group:

@@ -19,6 +19,7 @@ from fastpref.models.one_step import LatentDecoder
 from fastpref.models.prompt_book import PromptBook
 from fastpref.models.step_preference import ClipScorer
 from fastpref.models.step_preference_file import load_clip_scorer, load_step_preference, resolve_step_preference
+from fastpref.models.weights import weights_of
 from fastpref.models.work import Work
 from fastpref.rollout.scoring import StepScorer
 from fastpref.rollout.step_scorers import CallableScorer, LatentScorer, PreferenceScorer
@@ -98,7 +99,8 @@ def load_small_decoder(folder: Path, vae: Any, dtype: torch.dtype, device: torch
     kind = _read_json(folder / "config.json").get("_class_name")
     if kind != "AutoencoderTiny":
         raise UserError(f"the small decoder is a {kind}", str(folder), "set small_decoder to an AutoencoderTiny folder")
-    small: Any = _open(partial(AutoencoderTiny.from_pretrained, folder, torch_dtype=dtype), folder)
+    options = weights_of(folder).options
+    small: Any = _open(partial(AutoencoderTiny.from_pretrained, folder, torch_dtype=dtype, **options), folder)
     channels, own = small.config.latent_channels, vae.config.latent_channels
     if channels != own:
         what = f"the small decoder takes {channels} latent channels, the VAE has {own}"

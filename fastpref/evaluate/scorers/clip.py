@@ -12,6 +12,7 @@ from fastpref.errors import UserError
 from fastpref.models.loading import _open
 from fastpref.models.similarity import ClipEncoder
 from fastpref.models.state_dict import refuse
+from fastpref.models.weights import weights_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,7 +31,8 @@ class FolderClip(ClipEncoder):
             if not (folder / file).is_file() and not (file == "vocab.json" and (folder / "tokenizer.json").is_file()):
                 todo = "give a CLIPModel folder, or processor=FOLDER with the tokenizer and image processor"
                 raise UserError(f"no {file}", str(folder), todo)
-        load = partial(CLIPModel.from_pretrained, path, dtype=torch.float32, output_loading_info=True)
+        options = weights_of(path).options
+        load = partial(CLIPModel.from_pretrained, path, dtype=torch.float32, output_loading_info=True, **options)
         try:
             self.model, info = _open(load, path)
         except SafetensorError as error:
