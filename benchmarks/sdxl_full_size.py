@@ -25,7 +25,7 @@ import torch
 from common import RESULTS, ROOT, fill, markdown, provenance, read_csv, write_csv
 
 from fastpref.atomic import write_bytes, write_json, write_tensors
-from fastpref.plan import public
+from fastpref.models import public
 
 OUT = RESULTS / "sdxl_full_size.csv"
 SHARD_BYTES = 512 << 20
@@ -77,7 +77,7 @@ def make_model(folder: Path) -> Path:
     for name, kind, width in (("", CLIPTextModel, 768), ("_2", CLIPTextModelWithProjection, 1280)):
         kind(text_config(tokenizer, width, 2, 1280)).save_pretrained(folder / f"text_encoder{name}")
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**public.SDXL)
+        unet = UNet2DConditionModel(**public.UNETS["sdxl"])
     if (count := sum(p.numel() for p in unet.parameters())) != public.PARAMETERS["sdxl"]:
         raise ValueError(f"the UNet has {count} parameters, SDXL's has {public.PARAMETERS['sdxl']}")
     for file in (folder / "unet").glob("*.safetensors"):

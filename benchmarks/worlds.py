@@ -16,6 +16,7 @@ from common import ROOT
 from fastpref.config import Config, load_config
 from fastpref.data.prepare import prepare
 from fastpref.emoji import MODEL_DIR, TRAIN_PARQUET
+from fastpref.models import public
 from fastpref.models.loading import resolve_model_dir
 from fastpref.train.offline import OfflineTrainer, open_trainer
 from fastpref.train.reference import prepare_reference
@@ -30,19 +31,6 @@ COMPILED = {"False": "", "True": ", compiled", "unet": ", one graph"}  # the set
 BATCH = 8
 COMMON = ["evaluate=false", "tracker=none", f"batch_size={BATCH}", "lora_rank=8", "beta=100", "learning_rate=1e-4"]
 MID = {"block_out_channels": (96, 192, 384), "transformer_layers_per_block": (1, 2, 4), "attention_head_dim": (3, 6, 6)}
-# SDXL's public configurations
-VAE = {
-    **{"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4},
-    **{"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 1024},
-    "scaling_factor": 0.13025,
-}
-TEXT_SHAPES = (
-    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    {
-        **{"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
-        **{"hidden_act": "gelu", "projection_dim": 1280},
-    },
-)
 
 
 def place(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -134,12 +122,9 @@ def make_full_encoders(folder: Path) -> None:
     torch.set_default_dtype(torch.bfloat16)
     torch.manual_seed(0)
     try:
-        _replace(folder / "vae", AutoencoderKL(**VAE))
-        for name, kind, shape in (
-            ("text_encoder", CLIPTextModel, TEXT_SHAPES[0]),
-            ("text_encoder_2", CLIPTextModelWithProjection, TEXT_SHAPES[1]),
-        ):
-            _replace(folder / name, kind(CLIPTextConfig(**shape, **ends)))
+        _replace(folder / "vae", AutoencoderKL(**public.VAES["sdxl"]))
+        for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+            _replace(folder / name, kind(CLIPTextConfig(**public.TEXT_ENCODERS["sdxl"][name] | ends)))
     finally:
         torch.set_default_dtype(before)
 

@@ -36,8 +36,16 @@ class Config(BaseModel):
     preset: Literal["default", "reference"] = Field(
         "default", description="reference: what the recipe leaves open is as in the method's official code (spo, lpo)"
     )
-    model: str = Field("emoji", description="diffusers pipeline folder (SDXL or SD1.5), or 'emoji' for the bundled one")
-    unet: str | None = Field(None, description="start from this UNet folder or .safetensors instead of model/unet")
+    model: str = Field(
+        "emoji",
+        description="SDXL or SD1.5: a diffusers folder, or one .safetensors file as published; 'emoji' is bundled",
+    )
+    prediction_type: Literal["auto", "epsilon", "v_prediction", "v_prediction_zero_snr"] = Field(
+        "auto", description="what a model in one file predicts; auto: what the file says, else epsilon"
+    )
+    unet: str | None = Field(
+        None, description="start from this UNet instead of model's: a folder, or a .safetensors file in any naming"
+    )
     init_lora: str | None = Field(None, description="start from this LoRA file; the reference is that start")
     records: str = Field("emoji", description="parquet, folder, tar, jsonl or csv of pairs; 'emoji' is bundled")
     store: str = Field("stores/emoji", description="prepared store: written by prepare, read by train")

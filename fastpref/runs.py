@@ -140,14 +140,14 @@ def evaluate_run(run_dir: Path, overrides: list[str] | None) -> Path:
 
 
 def evaluate_folder(folder: Path, overrides: list[str] | None, out: Path) -> list[str]:
-    """Measure a pipeline folder, or a folder of pictures; the lines that say what was found."""
+    """Measure a pipeline (folder or one file), or a folder of pictures; the lines that say what was found."""
     from fastpref.atomic import check_writable, make_directory, write_json
     from fastpref.config import load_config
     from fastpref.evaluate.runner import evaluate_pictures, evaluate_policy
     from fastpref.evaluate.words import result_lines
 
     check_writable(out)
-    if (folder / "model_index.json").is_file():
+    if (folder / "model_index.json").is_file() or folder.is_file():
         config = load_config("", [*(overrides or []), f"model={folder}"])
         result = evaluate_policy(config, out_dir=out, tag="before", progress=True)
     else:

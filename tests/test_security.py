@@ -27,7 +27,8 @@ from fastpref.data.manifest import read_manifest
 from fastpref.data.prepare import prepare
 from fastpref.data.records import Record, Unusable, open_records, read_records
 from fastpref.errors import UserError
-from fastpref.models.loading import load_pipeline, load_unet, load_vae
+from fastpref.models.loading import load_unet, load_vae
+from fastpref.models.pipeline import load_pipeline
 from fastpref.models.state_dict import read_state_dict
 
 Recipe = Callable[..., Config]

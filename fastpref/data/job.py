@@ -66,7 +66,7 @@ def make_job(config: Config, source: Source) -> Job:
     from fastpref.models.loading import folder_fingerprint, model_family, model_fingerprint, resolve_model_dir
     from fastpref.models.similarity import resolve_clip_dir
 
-    model_dir = resolve_model_dir(config.model)
+    model_dir = resolve_model_dir(config.model, config.prediction_type)
     clip_dir = None if config.clip is None else resolve_clip_dir(config.clip)
     family = model_family(model_dir)
     shape = read_shape(model_dir, family, clip_dir)

@@ -98,7 +98,7 @@ def pairs_from_prompts(
         raise UserError(f"size is {size}", "make-pairs", "use a multiple of 8")
     prompts = list(dict.fromkeys(prompt.strip() for prompt in prompts))
     jobs = [PairJob(prompt, seed, styled(prompt, style)) for prompt in prompts for seed in range(seeds)]
-    model = resolve_model_dir(config.model)
+    model = resolve_model_dir(config.model, config.prediction_type)
     loras = [file for p in (config.init_lora, lora) if p is not None for file in lora_sources(Path(p))]
     weights = [model, *(Path(p) for p in (config.unet, *loras, unet) if p is not None)]
     settings: dict[str, Any] = {

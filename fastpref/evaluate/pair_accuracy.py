@@ -206,7 +206,11 @@ class _LatentJudge(_Judge):
 
 
 def _open_judge(config: Config, folder: Path | None) -> _Judge:
-    model_dir, device, work = resolve_model_dir(config.model), resolve_device(config.device), Work()
+    model_dir, device, work = (
+        resolve_model_dir(config.model, config.prediction_type),
+        resolve_device(config.device),
+        Work(),
+    )
     schedule = load_noise_schedule(model_dir)
     if max(config.eval_timesteps) >= schedule.num_train_timesteps:
         last = schedule.num_train_timesteps - 1

@@ -140,11 +140,11 @@ def read_pool(path: Path) -> Pool:
     return Pool(number, prompt, meta.get("method", "spo"), timesteps, latents, scores, chosen.tolist(), flags)
 
 
-def draw_pools(run_dir: Path, model: str) -> tuple[list[tuple[Pool, Path]], str]:
+def draw_pools(run_dir: Path, model: str, prediction_type: str = "auto") -> tuple[list[tuple[Pool, Path]], str]:
     """Draw ``samples/pools/round-NNNNN.png`` of every file in ``pools/`` whose picture is missing or older.
 
     Args:
-        model: the config's ``model``, whose VAE decodes the latents.
+        model, prediction_type: the config's; the model's VAE decodes the latents.
 
     Returns:
         Pools and pictures, first round to last, and why some were not drawn (their model is not there), if so.
@@ -158,7 +158,7 @@ def draw_pools(run_dir: Path, model: str) -> tuple[list[tuple[Pool, Path]], str]
         pool, picture = read_pool(file), run_dir / "samples" / POOLS / f"{file.stem}.png"
         if not picture.is_file() or picture.stat().st_mtime_ns < file.stat().st_mtime_ns:
             try:
-                decoder = decoder or _decoder(model)
+                decoder = decoder or _decoder(model, prediction_type)
             except UserError as error:
                 reason = str(error)
                 continue
@@ -195,8 +195,8 @@ def to_pictures(decoder: LatentDecoder, latents: torch.Tensor) -> list[Image.Ima
     return [Image.fromarray(image) for image in pixels.byte().permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def _decoder(model: str) -> LatentDecoder:
-    vae: Any = load_vae(resolve_model_dir(model), "auto", resolve_device("auto"))
+def _decoder(model: str, prediction_type: str) -> LatentDecoder:
+    vae: Any = load_vae(resolve_model_dir(model, prediction_type), "auto", resolve_device("auto"))
     return LatentDecoder(vae, _CHUNK, Work())
 
 

@@ -126,7 +126,7 @@ def _drawn(charts: list[Chart]) -> list[tuple[Chart, Markup]]:
 def _pools(run_dir: Path, config: dict[str, Any], rounds: list[Round]) -> tuple[list[dict[str, Any]], str]:
     """The pools' pictures of the first and the newest round, and why there are none."""
     steps = {round_.number: round_.step for round_ in rounds}
-    drawn, reason = draw_pools(run_dir, str(config.get("model")))
+    drawn, reason = draw_pools(run_dir, str(config.get("model")), str(config.get("prediction_type", "auto")))
     shown = drawn if len(drawn) < 3 else [drawn[0], drawn[-1]]
     entries = []
     for pool, picture in shown:

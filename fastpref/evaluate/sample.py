@@ -22,7 +22,8 @@ from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.evaluate.sheets import contact_sheet, save_png, slugs
 from fastpref.models.caption_length import warn_of_cut
-from fastpref.models.loading import DTYPES, load_pipeline, load_unet, resolve_device, resolve_model_dir
+from fastpref.models.loading import DTYPES, load_unet, resolve_device, resolve_model_dir
+from fastpref.models.pipeline import load_pipeline
 from fastpref.models.prompt_book import prompt_id
 from fastpref.models.text import TextStack
 from fastpref.models.timesteps import sampling_scheduler
@@ -157,7 +158,7 @@ def load_policy_pipeline(config: Config, *, lora: Path | None = None, unet: Path
     from fastpref.models.lora_file import load_adapter, resolve_lora
     from fastpref.models.state_dict import check_finite
 
-    folder, device = resolve_model_dir(config.model), resolve_device(config.device)
+    folder, device = resolve_model_dir(config.model, config.prediction_type), resolve_device(config.device)
     dtype = torch.float32 if config.precision == "fp64" else DTYPES[config.precision]
     pipeline: Any = load_pipeline(folder, dtype, device)
     if lora is None and unet is None and config.init_lora is not None:

@@ -12,11 +12,12 @@ import torch
 import yaml
 
 from fastpref.errors import UserError
-from fastpref.models.loading import DTYPES, load_unet, model_family, resolve_model_dir
+from fastpref.models.loading import DTYPES, load_unet, model_family, resolve_model_dir, unet_source
 from fastpref.models.lora_file import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, load_adapter, read_lora, resolve_lora, save_lora
 from fastpref.models.lora_form import Lora
 from fastpref.models.lora_unet import fitted
 from fastpref.models.state_dict import check_finite
+from fastpref.models.unet_file import is_unet_file
 from fastpref.models.weights import find_weights, stored_dtype, weight_files
 
 
@@ -39,7 +40,7 @@ def export_pipeline(
         out_dir: the new folder; appears only when it is whole.
         lora: LoRA to merge.
         unet: UNet folder or .safetensors file to put in place of the base's (the LoRA, if any, goes on top of it).
-        dtype: ``fp32``, ``bf16`` or ``fp16`` of the UNet; default: as the base's file has it.
+        dtype: ``fp32``, ``bf16`` or ``fp16`` of the UNet; default: as the weights that training started from.
         overwrite: replace an existing ``out_dir``.
 
     Raises:
@@ -55,7 +56,9 @@ def export_pipeline(
         load_adapter(merged, lora, "export")
         merged.fuse_lora(adapter_names=["export"])
         merged.unload_lora()
-    merged.to(DTYPES[dtype] if dtype else stored_dtype(model_dir / "unet"))
+    # A LoRA's start is what was loaded and trained on; a UNet alone is a result, kept in fp32 whatever it began as.
+    start = unet_source(model_dir, str(unet) if unet is not None and lora is not None else None)
+    merged.to(DTYPES[dtype] if dtype else stored_dtype(start))
     check_finite(merged.named_parameters(), f"{lora or unet or model_dir} in {merged.dtype}", "give a wider dtype")
     draft = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
     try:
@@ -84,10 +87,10 @@ def run_export(
     """The body of ``fastpref export``.
 
     Args:
-        source: a run directory, a LoRA file or folder, or a UNet folder.
+        source: a run directory, a LoRA file or folder, or a UNet folder or file.
         out: for ``pipeline`` a folder, else a .safetensors file.
         layout: ``pipeline``: the base with the trained weights merged; ``diffusers``, ``kohya``: a LoRA in that naming.
-        model: base pipeline folder; default: what the run it is in started from, by its ``config.yaml``.
+        model: base pipeline folder or file; default: what the run it is in started from, by its ``config.yaml``.
         dtype: of the written weights; default as stored.
         overwrite: replace an existing ``out``.
 
@@ -99,15 +102,15 @@ def run_export(
             numbers that are not finite.
     """
     lora, unet = trained_weights(source)
-    start, start_unet = (model, None) if model is not None else _start_of_run(source)
-    base = resolve_model_dir(start)
+    base, start = (resolve_model_dir(model), None) if model is not None else _start_of_run(source)
     if layout == "pipeline":
-        return export_pipeline(base, out, lora=lora, unet=unet or start_unet, dtype=dtype, overwrite=overwrite)
+        unet = start if unet is None else unet  # a LoRA belongs onto the UNet that it was trained on
+        return export_pipeline(base, out, lora=lora, unet=unet, dtype=dtype, overwrite=overwrite)
     if lora is None:
         raise UserError("a fully trained UNet is no LoRA", str(source), "export it as pipeline")
     if out.exists() and not overwrite:
         raise UserError("the file exists", str(out), "give another name, or overwrite")
-    unet_dir = start_unet if start_unet is not None and start_unet.is_dir() else base
+    unet_dir = start if start is not None and start.is_dir() else base
     folder = unet_dir / "unet" if (unet_dir / "unet").is_dir() else unet_dir
     skeleton = _skeleton(folder)
     config = dict(skeleton.config)
@@ -120,7 +123,9 @@ def run_export(
 
 
 def trained_weights(source: Path) -> tuple[Path | None, Path | None]:
-    """(LoRA file, UNet folder) of a run directory, a LoRA file or folder, or a UNet folder; one of the two is None."""
+    """(LoRA file, UNet) of a run directory, a LoRA file or folder, or a UNet folder or file; one of the two is None."""
+    if source.is_file() and is_unet_file(source):
+        return None, source
     if not source.exists():
         raise UserError("no such file or folder", str(source), "give a run directory, a LoRA file or a UNet folder")
     if not any((source / name).is_file() for name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME)):
@@ -166,12 +171,13 @@ def _copy_parts(model_dir: Path, draft: Path) -> None:
                 copy.rename(copy.with_name(weights.plain_name(file)))
 
 
-def _start_of_run(source: Path) -> tuple[str, Path | None]:
+def _start_of_run(source: Path) -> tuple[Path, Path | None]:
     """The pipeline folder that a run trained on, and the UNet it took in place of that folder's."""
     folder = source if source.is_dir() else source.parent
     try:
         settings = yaml.safe_load((folder / "config.yaml").read_text())
+        model, prediction_type = str(settings["model"]), str(settings.get("prediction_type", "auto"))
         unet = settings.get("unet")
-        return str(settings["model"]), None if unet is None else Path(unet)
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         raise UserError("no run beside it says which model it is for", str(source), "give --model FOLDER") from None
+    return resolve_model_dir(model, prediction_type), None if unet is None else Path(unet)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,10 +17,11 @@ import torch
 
 from fastpref.errors import UserError
 from fastpref.models.noise_schedule import NoiseSchedule, ddim_settings, noise_schedule
-from fastpref.models.weights import weights_of
+from fastpref.models.unet_file import read_unet, stated_prediction
+from fastpref.models.weights import tensor_facts, weights_of
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
 Family = Literal["sdxl", "sd15"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -35,26 +37,32 @@ for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
     os.environ.setdefault(_name, "error")
 
 
-def resolve_model_dir(model: str) -> Path:
-    """The pipeline folder of a config's ``model``; 'emoji' is the bundled one.
+def resolve_model_dir(model: str, prediction_type: str = "auto") -> Path:
+    """The pipeline folder of a config's ``model``; 'emoji' is the bundled one, and of a checkpoint in one file it is
+    made in a cache the first time.
+
+    Args:
+        prediction_type: the config's, for a file that does not say what its UNet predicts.
 
     Raises:
         UserError: no such folder, no pipeline folder, a family other than SDXL and SD1.5, or a noise schedule that
             fastpref does not know.
     """
+    if prediction_type != "auto" and not Path(model).is_file():
+        todo = "it is for a model in one file; a folder says it in scheduler/scheduler_config.json"
+        raise UserError(f"prediction_type is {prediction_type}", model, todo)
     if model == "emoji":
         from fastpref.emoji import MODEL_DIR
 
         return MODEL_DIR
     path = Path(model)
     if not path.exists():
-        raise UserError("no such model folder", model, "models are not downloaded: give a diffusers folder on disk")
+        todo = "models are not downloaded: give a diffusers folder or a .safetensors file on disk"
+        raise UserError("no such model", model, todo)
     if path.is_file():
-        raise UserError(
-            "the model is a single file",
-            model,
-            "convert it: StableDiffusionXLPipeline.from_single_file(...).save_pretrained",
-        )
+        from fastpref.models.single_file import resolve_single_file
+
+        return resolve_single_file(path, prediction_type)
     family = model_family(path)
     for part in _PARTS[family]:
         if not (path / part).is_dir():
@@ -102,9 +110,7 @@ def folder_fingerprint(path: Path) -> str:
 
 def unet_fingerprint(path: Path, unet: str | None, lora: str | None) -> str:
     """sha256 over the files of the UNet that :func:`load_unet` opens, and of a LoRA beside it."""
-    source = path / "unet" if unet is None else Path(unet)
-    if (source / "unet" / "config.json").is_file():
-        source = source / "unet"
+    source = unet_source(path, unet)
     parts = [source] if source.is_dir() else [source, path / "unet" / "config.json"]
     if lora is not None:
         from fastpref.models.lora_file import lora_sources
@@ -142,26 +148,41 @@ def vae_scale_factor(path: Path) -> int:
     return 2 ** (len(blocks) - 1)
 
 
+def unet_source(path: Path, unet: str | None) -> Path:
+    """The folder or file that :func:`load_unet` opens."""
+    source = path / "unet" if unet is None else Path(unet)
+    return source / "unet" if (source / "unet" / "config.json").is_file() else source
+
+
 def load_unet(path: Path, dtype: torch.dtype, unet: str | None = None) -> UNet2DConditionModel:
-    """The UNet of a pipeline folder, or the one in ``unet``: a folder (or its ``unet/``) or a .safetensors file."""
+    """The UNet of a pipeline folder, or the one in ``unet``: a folder (or its ``unet/``) or a file
+    that :mod:`fastpref.models.unet_file` reads."""
     from diffusers import UNet2DConditionModel
 
-    if unet is None:
-        return _open_unet(path / "unet", dtype)
-    source = Path(unet)
+    source = unet_source(path, unet)
     if source.is_file():
-        from safetensors.torch import load_file
-
+        _check_prediction(path, source)
         _read_json(path / "unet" / "config.json")
         config = UNet2DConditionModel.load_config(path / "unet")
-        model = UNet2DConditionModel.from_config(config)
-        _open(lambda: model.load_state_dict(load_file(source)), source)
-        return model.to(dtype)
-    if (source / "unet" / "config.json").is_file():
-        source = source / "unet"
-    if not (source / "config.json").is_file():
+        with torch.device("meta"):
+            model = UNet2DConditionModel.from_config(config)
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        state = read_unet(source, config, expected)
+        # Copied even where the dtype is right: the file may be replaced while the model is in use.
+        model.load_state_dict({name: state.pop(name).to(dtype, copy=True) for name in list(state)}, assign=True)
+        return model.eval()
+    if unet is not None and not (source / "config.json").is_file():
         raise UserError("no UNet there", unet, "give a folder with config.json and weights, or a .safetensors file")
     return _open_unet(source, dtype)
+
+
+def _check_prediction(path: Path, unet: Path) -> None:
+    """Raise :class:`UserError` if a UNet file says that it predicts something else than the pipeline's scheduler."""
+    stated = stated_prediction(unet, [name for name, _, _ in tensor_facts(unet)])
+    used = _read_json(path / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+    if stated is not None and stated != used:
+        what = f"the UNet says that it is for {stated}, the model's scheduler is for {used}"
+        raise UserError(what, str(unet), f"use a model whose scheduler/ has prediction_type {stated}")
 
 
 def _open_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -170,24 +191,6 @@ def _open_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
     _read_json(folder / "config.json")
     options = weights_of(folder).options
     return _open(lambda: UNet2DConditionModel.from_pretrained(folder, dtype=dtype, **options), folder)
-
-
-def load_pipeline(path: Path, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
-    """The whole pipeline for sampling: no safety checker, no progress bar of its own."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    # Each part on its own, as training opens it: one may have a variant alone and the next none.
-    parts: dict[str, Any] = {"unet": load_unet(path, dtype), "vae": _load_vae(path, dtype)}
-    text = load_text_stack(path, dtype, torch.device("cpu"))
-    parts |= {f"text_encoder{suffix}": encoder for suffix, encoder in zip(("", "_2"), text.encoders, strict=False)}
-    if text.family == "sdxl":
-        load: Any = partial(StableDiffusionXLPipeline.from_pretrained, path, add_watermarker=False)
-    else:
-        off = {"safety_checker": None, "requires_safety_checker": False}
-        load = partial(StableDiffusionPipeline.from_pretrained, path, **off)
-    pipe = _open(partial(load, dtype=dtype, **parts), path)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
 
 
 def scheduler_settings(path: Path) -> dict[str, Any]:

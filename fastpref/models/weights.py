@@ -113,10 +113,10 @@ def tensor_facts(file: Path) -> Iterator[tuple[str, str, torch.Size]]:
         raise UserError("cannot read the weights", str(file), f"{error}; copy the file again") from error
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The floating-point dtype that most values of a folder's weights have."""
+def stored_dtype(source: Path) -> torch.dtype:
+    """The floating-point dtype that most values of a folder's weights, or of a file, have."""
     values: Counter[str] = Counter()
-    for file in weights_of(folder).files:
+    for file in (source,) if source.is_file() else weights_of(source).files:
         for _, dtype, shape in tensor_facts(file):
             values[dtype] += shape.numel() if dtype in FLOATS else 0
     return FLOATS[values.most_common(1)[0][0]] if values.total() else torch.float32

@@ -16,13 +16,14 @@ from fastpref.config_rules import SCORER_METHODS, STEPWISE_METHODS
 from fastpref.errors import UserError
 from fastpref.memory import resident_bytes
 from fastpref.models.caption_length import BLOCKS
+from fastpref.models.checkpoint import read_facts
 from fastpref.models.loading import _read_json, resolve_model_dir, vae_scale_factor
+from fastpref.models.public import UNETS
 from fastpref.models.weights import stored_values
 from fastpref.plan.cost import Batch, flops, store_line, traffic_bytes
 from fastpref.plan.count import Shapes, StepCount, count_step
 from fastpref.plan.devices import device_bytes
 from fastpref.plan.memory import RESERVE, Memory, fits, memory_of
-from fastpref.plan.public import PUBLIC
 
 _MOST_GPUS = 1024
 
@@ -132,15 +133,21 @@ def _named(changes: dict[str, object], gpus: int) -> str:
 
 
 def _shapes(config: Config, family: str | None) -> Shapes:
-    blocks = BLOCKS[config.max_caption_tokens]
     if family is not None and not _here(config):
-        side, unet = config.resolution // 8, dict(PUBLIC[family])
-        return Shapes(unet, (4, side, side), 77 * blocks)
-    folder = resolve_model_dir(config.model)
+        return _public_shapes(config, family)
+    if Path(config.model).is_file():  # its header says all, so nothing is converted for a plan
+        return _public_shapes(config, read_facts(Path(config.model)).family)
+    blocks = BLOCKS[config.max_caption_tokens]
+    folder = resolve_model_dir(config.model, config.prediction_type)
     unet = _read_json(folder / "unet" / "config.json")
     side = config.resolution // vae_scale_factor(folder)
     tokens = _read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77)
     return Shapes(unet, (int(unet.get("in_channels", 4)), side, side), int(tokens) * blocks)
+
+
+def _public_shapes(config: Config, family: str) -> Shapes:
+    side = config.resolution // 8
+    return Shapes(dict(UNETS[family]), (4, side, side), 77 * BLOCKS[config.max_caption_tokens])
 
 
 def _process_bytes(config: Config) -> int:
@@ -166,9 +173,14 @@ def _beside(config: Config) -> int:
     if config.method not in STEPWISE_METHODS or not _here(config):
         return 0
     wide = 4 if config.precision in ("fp32", "fp64") else 2
-    folders = [resolve_model_dir(config.model) / name for name in ("text_encoder", "text_encoder_2", "vae")]
-    folders += [Path(found) for found in (config.scorer, config.clip) if found is not None]
-    return wide * sum(stored_values(folder) for folder in folders)
+    folders = [Path(found) for found in (config.scorer, config.clip) if found is not None]
+    if Path(config.model).is_file():
+        values = read_facts(Path(config.model)).values
+        own = sum(values.values()) - values["unet"]
+    else:
+        model = resolve_model_dir(config.model, config.prediction_type)
+        own = sum(stored_values(model / name) for name in ("text_encoder", "text_encoder_2", "vae"))
+    return wide * (own + sum(stored_values(folder) for folder in folders))
 
 
 def render(plan: Plan) -> Group:

@@ -78,7 +78,7 @@ class TrainJob:
         check_tracker(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        model_dir = resolve_model_dir(config.model)
+        model_dir = resolve_model_dir(config.model, config.prediction_type)
         for key in ("unet", "init_lora"):
             value = getattr(config, key)
             if value is not None and not Path(value).exists():

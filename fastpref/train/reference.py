@@ -120,7 +120,7 @@ def prepare_reference(config: Config, *, dry_run: bool = False, progress: bool =
     if config.method not in LEDGER_METHODS:
         raise UserError(f"method {config.method} has no reference ledger", "method", "dpo and rpo have one")
     ranks = Ranks.from_env()
-    model_dir, device = resolve_model_dir(config.model), rank_device(config, ranks)
+    model_dir, device = resolve_model_dir(config.model, config.prediction_type), rank_device(config, ranks)
     store, schedule = open_store(config, model_dir), open_schedule(config, model_dir)
     sampler = open_sampler(config, store)
     ledger = ledger_of(config, model_dir, store, sampler, schedule)

@@ -44,7 +44,7 @@ def encode_pictures(model: Path, images: list[Image.Image]):
 
 
 def test_the_store_holds_what_the_pipeline_computes(recipe, rows, parquet, sdxl, clip):
-    from fastpref.models.loading import load_pipeline
+    from fastpref.models.pipeline import load_pipeline
     from fastpref.models.similarity import load_clip
 
     made = rows(8)

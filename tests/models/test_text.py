@@ -16,7 +16,7 @@ from fastpref.emoji.tokenizer import train_tokenizer
 from fastpref.errors import UserError
 from fastpref.models import caption_length
 from fastpref.models.caption_length import BLOCKS, CutCaptions, count_cut, cut_captions
-from fastpref.models.loading import load_pipeline
+from fastpref.models.pipeline import load_pipeline
 from fastpref.models.text import BlockTokenizer, TextStack, load_text_stack
 
 CPU = torch.device("cpu")

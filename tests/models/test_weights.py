@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from fastpref.errors import UserError
 from fastpref.models.export import export_pipeline
-from fastpref.models.loading import load_pipeline, load_text_stack, load_unet, load_vae, model_fingerprint
+from fastpref.models.loading import load_unet, load_vae, model_fingerprint
+from fastpref.models.pipeline import load_pipeline
+from fastpref.models.text import load_text_stack
 from fastpref.models.weights import find_weights, stored_dtype, stored_values, weights_of
 
 CPU = torch.device("cpu")

@@ -14,7 +14,8 @@ import torch
 
 from fastpref.config import Config, load_config, save_config
 from fastpref.errors import UserError
-from fastpref.plan import public, report
+from fastpref.models import public
+from fastpref.plan import report
 from fastpref.plan.cost import Batch, traffic_bytes
 from fastpref.plan.count import Shapes, StepCount, count_step
 from fastpref.plan.memory import memory_of, optimizer_bytes
@@ -45,7 +46,7 @@ def test_the_public_unets_have_their_published_size(family: str) -> None:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**public.PUBLIC[family])
+        unet = UNet2DConditionModel(**public.UNETS[family])
     assert sum(p.numel() for p in unet.parameters()) == public.PARAMETERS[family]
 
 
