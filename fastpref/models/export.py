@@ -161,12 +161,12 @@ def _copy_parts(model_dir: Path, draft: Path) -> None:
             return ["unet", *(file.name for file in weight_files(folder))]
         if weights is None:
             return []
-        return [file.name for file in weight_files(folder) - {*weights.files, weights.index}]
+        return [file.name for file in weight_files(folder) - {*weights.on_disk}]
 
     shutil.copytree(model_dir, draft, ignore=unused)
     for folder, weights in found.items():
         if weights is not None and folder.name != "unet":
-            for file in {*weights.files, weights.index} - {None}:
+            for file in weights.on_disk:
                 copy = draft / folder.name / file.name
                 copy.rename(copy.with_name(weights.plain_name(file)))
 

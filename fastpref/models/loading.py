@@ -58,7 +58,7 @@ def resolve_model_dir(model: str, prediction_type: str = "auto") -> Path:
     path = Path(model)
     if not path.exists():
         todo = "models are not downloaded: give a diffusers folder or a .safetensors file on disk"
-        raise UserError("no such model", model, todo)
+        raise UserError("no such model folder or file", model, todo)
     if path.is_file():
         from fastpref.models.single_file import resolve_single_file
 

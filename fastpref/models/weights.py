@@ -40,6 +40,11 @@ class Weights:
         """What ``from_pretrained`` has to be told to open them."""
         return {"variant": self.variant, "use_safetensors": self.suffix == "safetensors"}
 
+    @property
+    def on_disk(self) -> tuple[Path, ...]:
+        """Every file they consist of, the index among them."""
+        return self.files if self.index is None else (*self.files, self.index)
+
     def plain_name(self, file: Path) -> str:
         """The name under which ``from_pretrained`` finds a file without being told a variant; shards keep theirs."""
         if self.variant is None or (self.index is not None and file != self.index):

@@ -46,7 +46,7 @@ def finished(sd15_config: Recipe) -> Path:
         ("tracker=wandb", "needs wandb"),
         ("optimizer=adamw8bit", "needs bitsandbytes"),
         ("timestep_range=[0, 2000]", "ends above 1000"),
-        ("unet=PICKLE", "cannot load the model"),
+        ("unet=PICKLE", "cannot read the weights"),
         ("unet=SDXL", "the UNet is one of SDXL"),
         ("init_lora=PICKLE", "must be safetensors"),
     ],
