@@ -212,6 +212,9 @@ class Config(BaseModel):
     ties: Literal["drop", "half", "keep"] = Field(
         "drop", description="label 0.5: leave out; label of one half; or keep jpg_0 as winner with label 0.5 recorded"
     )
+    identical: Literal["drop", "keep"] = Field(
+        "drop", description="pairs whose two pictures have the same pixels: leave out, or keep"
+    )
     posterior: bool = Field(False, description="store the VAE posterior's std and sample it in training")
     flips: bool = Field(False, description="store mirrored latents too and flip half the draws")
     vae_precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto never overflows")
@@ -223,6 +226,9 @@ class Config(BaseModel):
     )
     shard_size: int = Field(1024, ge=1, description="rows in a shard of the store")
     prepare_batch_size: int = Field(16, ge=1, description="images, captions or (ledger) pairs a call")
+    max_enlargement: float | None = Field(
+        4.0, ge=1, description="pictures that have to be enlarged more than this many times are rejected; null: off"
+    )
     max_image_pixels: int = Field(64_000_000, ge=1024, description="larger images are rejected as decompression bombs")
 
     # Sampling and evaluation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import json
@@ -16,11 +17,16 @@ from typing import Any
 import numpy as np
 
 from fastpref.data.sources import Part, Row
+from fastpref.data.text import decode, decode_row, encoding_of
 from fastpref.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 MAX_IMAGE_BYTES = 256 << 20
 MAX_CAPTION_BYTES = 1 << 20
+_LEFT_BY_FILE_MANAGERS = ("thumbs.db", "desktop.ini", "__macosx")
+# Extension of a tar's member → which picture of the sample it is.
+_SIDES = {f"{name}{suffix}": name for name in ("winner", "loser", "0", "1") for suffix in IMAGE_SUFFIXES}
+_SIDES |= {"jpg_0": "0", "jpg_1": "1"}
 
 
 class PathsPart(Part):
@@ -55,6 +61,7 @@ class JsonlPart(PathsPart):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _check_utf8(path)
         self._offsets = np.asarray([offset for offset, line in _lines(path) if line.strip()], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -67,9 +74,9 @@ class JsonlPart(PathsPart):
                 try:
                     value = json.loads(stream.readline())
                 except ValueError as error:
-                    yield Row(index, "", error="line is no JSON", detail=str(error))
+                    yield Row(index, "", error="line is not JSON", detail=str(error))
                     continue
-                yield value if isinstance(value, dict) else Row(index, "", error="line is no JSON object")
+                yield value if isinstance(value, dict) else Row(index, "", error="line is not a JSON object")
 
 
 class CsvPart(PathsPart):
@@ -77,10 +84,11 @@ class CsvPart(PathsPart):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _check_utf8(path)
         try:
             consumed = [0]
             reader = csv.reader(_counted(path, consumed))
-            self._header = [name.strip().removeprefix("\ufeff") for name in next(reader, [])]
+            self._header = [name.strip() for name in next(reader, [])]
             offsets, start = [], consumed[0]
             for values in reader:
                 if values:  # not a blank line
@@ -114,8 +122,8 @@ class FolderPart(Part):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._losers = {file.stem: file for file in _pictures(path / "loser")}
-        self._winners = _pictures(path / "winner")
+        self._losers = by_stem(picture_files(path / "loser"))
+        self._winners = list(by_stem(picture_files(path / "winner")).values())
 
     def __len__(self) -> int:
         return len(self._winners)
@@ -127,7 +135,8 @@ class FolderPart(Part):
             *self.path.glob("*.txt"),
             *(self.path / "winner").glob("*.txt"),
         ]
-        stats = sorted(_stat(self.path, file.relative_to(self.path).as_posix()) for file in files)
+        names = [file.relative_to(self.path).as_posix() for file in files]
+        stats = sorted(_stat(self.path, name) for name in names if not is_junk(name))
         return hashlib.sha256(b"".join(stats)).hexdigest()
 
     def rows(self, indices: np.ndarray) -> Iterator[Row]:
@@ -140,7 +149,7 @@ class FolderPart(Part):
             value = {
                 "winner": f"winner/{winner.name}",
                 "loser": f"loser/{loser.name}",
-                "caption": None if data is None else data.decode("utf-8", "surrogateescape").strip(),
+                "caption": None if data is None else decode_row(data),
             }
             row = path_row(index, winner.name, value, self.path)
             yield replace(row, error=problem, detail=str(name)) if problem and not row.error else row
@@ -150,6 +159,20 @@ class FolderPart(Part):
 class _Sample:
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)  # extension → offset, size
+    pictures: dict[str, str] = field(default_factory=dict)  # winner, loser, 0 or 1 → extension
+
+    def add(self, extension: str, place: tuple[int, int], path: Path) -> None:
+        """Note a member; :class:`UserError` if the sample has it already, or another picture in its place."""
+        side = _SIDES.get(extension, "")
+        other = extension if extension in self.members else self.pictures.get(side)
+        if other is not None:
+            what = f"sample {self.key} has {extension} twice"
+            if other != extension:
+                what = f"sample {self.key} has two pictures in one place: {other} and {extension}"
+            raise UserError(what, str(path), "take one out of the tar")
+        self.members[extension] = place
+        if side:
+            self.pictures[side] = extension
 
 
 class TarPart(Part):
@@ -179,14 +202,14 @@ class TarPart(Part):
         try:
             with tarfile.open(self.path, "r:") as tar:
                 for member in tar:
-                    if not member.isfile():
+                    if not member.isfile() or is_junk(member.name):
                         continue
                     folder, _, name = member.name.rpartition("/")
                     stem, _, extension = name.partition(".")
                     key = f"{folder}/{stem}" if folder else stem
                     if not samples or samples[-1].key != key:
                         samples.append(_Sample(key))
-                    samples[-1].members[extension.lower()] = (member.offset_data, member.size)
+                    samples[-1].add(extension.lower(), (member.offset_data, member.size), self.path)
         except (tarfile.TarError, OSError, EOFError) as error:
             raise UserError(
                 "cannot read the tar file", str(self.path), f"{error}; compressed tars are not read"
@@ -202,28 +225,26 @@ def _tar_row(index: int, where: str, sample: _Sample, stream: Any) -> Row:
         stream.seek(offset)
         return stream.read(size)
 
-    def picture(*names: str) -> bytes | None:
-        wanted = [name for name in names if name.startswith("jpg_")]
-        wanted += [name + suffix for name in names for suffix in IMAGE_SUFFIXES]
-        return next((read(name) for name in wanted if name in sample.members), None)
+    def picture(side: str) -> bytes | None:
+        return read(sample.pictures[side]) if side in sample.pictures else None
 
     value: dict[str, Any] = {}
     if "json" in sample.members:
         try:
-            value = json.loads(read("json") or b"")
+            value = json.loads(decode(read("json") or b""))
         except ValueError as error:
-            return Row(index, where, error="json is no JSON", detail=str(error))
+            return Row(index, where, error="json is not JSON", detail=str(error))
         if not isinstance(value, dict):
-            return Row(index, where, error="json is no JSON object")
+            return Row(index, where, error="json is not a JSON object")
     for name, extensions in (("caption", ("txt", "caption")), ("label_0", ("label_0",)), ("label_1", ("label_1",))):
         for extension in extensions:
             if name not in value and extension in sample.members:
-                value[name] = (read(extension) or b"").decode("utf-8", "surrogateescape").strip()
+                value[name] = decode_row(read(extension) or b"").strip()
     first, second = picture("winner"), picture("loser")
     if first is not None or second is not None:
         value = {"caption": value.get("caption"), "label_0": 1.0}
     else:
-        first, second = picture("jpg_0", "0"), picture("jpg_1", "1")
+        first, second = picture("0"), picture("1")
     rest: dict[str, Any] = {name: value.get(name) for name in ("caption", "label_0", "label_1", "has_label")}
     return Row(index, where, first, second, **rest)
 
@@ -266,8 +287,35 @@ def read_file(root: Path, name: Any, kind: str, limit: int) -> tuple[bytes | Non
         return None, f"{kind} file cannot be read"
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+def is_junk(name: str) -> bool:
+    """Whether a file manager left this: AppleDouble (``._NAME``) and other hidden files, ``__MACOSX/``, Thumbs.db."""
+    parts = [part for part in name.lower().split("/") if part not in ("", ".", "..")]
+    return any(part.startswith(".") or part in _LEFT_BY_FILE_MANAGERS for part in parts)
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The picture files of a folder, by name."""
+    found = (file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(file for file in found if not is_junk(file.name) and not file.is_dir())
+
+
+def by_stem(files: list[Path]) -> dict[str, Path]:
+    """Files by their names without suffix, in their order; :class:`UserError` if two share one, e.g. n0.jpg, n0.png."""
+    named: dict[str, Path] = {}
+    for file in files:
+        other = named.setdefault(file.stem, file)
+        if other is not file:
+            raise UserError(
+                f"two pictures are called {file.stem}", str(file.parent), f"{other.name}, {file.name}: keep one"
+            )
+    return named
+
+
+def _check_utf8(path: Path) -> None:
+    with path.open("rb") as stream:
+        encoding, _ = encoding_of(stream.read(4))
+    if encoding != "utf-8":
+        raise UserError(f"the file is in {encoding.upper()}", str(path), "save it as UTF-8")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -282,6 +330,8 @@ def _counted(path: Path, consumed: list[int]) -> Iterator[str]:
     # csv.reader takes exactly the lines of one record, so what is consumed after it is where the next one starts.
     for offset, line in _lines(path):
         consumed[0] = offset + len(line)
+        if not offset:
+            line = line.removeprefix(codecs.BOM_UTF8)  # before a quoted name it would be part of the name
         yield line.decode("utf-8", "surrogateescape")
 
 

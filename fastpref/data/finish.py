@@ -149,6 +149,7 @@ def _manifest(
         source_records=plan.records,
         rejected=len(rejected),
         ties_dropped=plan.ties_dropped,
+        identical_dropped=plan.identical_dropped,
         unlabelled=plan.unlabelled,
         reasons=dict(sorted(reasons(rejected).items())),
         files={name: StoredFile(**entry) for name, entry in sorted(files.items())},

@@ -7,11 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from PIL import Image
+import numpy as np
+from PIL import Image, UnidentifiedImageError, features
 
+from fastpref.data import colour
 from fastpref.data.buckets import Size
+from fastpref.data.colour import ImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# Part of a store's fingerprint; raise it when pixels of any picture come out differently.
+DECODING = 2
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -23,14 +28,8 @@ _UPRIGHT = {
 }
 _EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
-
-
-class ImageError(Exception):
-    """A picture that cannot be used: ``reason`` in a few fixed words, ``detail`` from the decoder."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        self.reason, self.detail = reason, detail
-        super().__init__(reason, detail)
+_DRAFT_SIDE = 256  # from here a JPEG is tried at an eighth of its size
+_ROUGH_SIDE, _ROUGH_STEPS = 4, 16
 
 
 @contextmanager
@@ -43,34 +42,50 @@ def own_pixel_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def probe(data: bytes, max_pixels: int) -> Size:
-    """Width and height of the upright picture, after a trial decode (JPEG: at an eighth of the size).
+@dataclass(frozen=True)
+class Look:
+    """What a trial decode shows: the upright picture's size, and its pixels averaged to very few."""
+
+    size: Size
+    rough: np.ndarray  # (4, 4, 3) int16
+
+
+def probe(data: bytes, max_pixels: int) -> Look:
+    """A look at the upright picture, by a trial decode (JPEG: at an eighth of the size).
 
     Raises:
-        ImageError: no picture in one of :data:`FORMATS`, cut short, or of more than ``max_pixels`` pixels.
+        ImageError: no picture in one of :data:`FORMATS`, cut short, of more than ``max_pixels`` pixels, or of a kind
+            that nobody can say how to show (see :func:`fastpref.data.colour.load`).
     """
     with _open(data, max_pixels) as image:
         if image.format == "PNG":
             _verify(data)
-        width, height = image.size
-        sideways = _orientation(image) in _SIDEWAYS
-        image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
-        _load(image)
-    return (height, width) if sideways else (width, height)
+        size = image.size
+        if min(size) >= _DRAFT_SIDE:
+            image.draft("RGB", (size[0] // 8, size[1] // 8))
+        drafted = image.size != size
+        shown, orientation = _decoded(image)
+    if drafted and orientation in _SIDEWAYS:
+        size = size[1], size[0]
+    rough = shown.resize((_ROUGH_SIDE, _ROUGH_SIDE), Image.Resampling.BOX)
+    return Look(size if drafted else shown.size, np.asarray(rough).astype(np.int16))
 
 
 def load_rgb(data: bytes, max_pixels: int) -> Image.Image:
-    """The upright RGB picture (first frame; transparent pixels over white); raises as :func:`probe`."""
+    """The upright sRGB picture (first frame; transparent pixels over white); raises as :func:`probe`."""
     with _open(data, max_pixels) as image:
-        turn = _UPRIGHT.get(_orientation(image))
-        _load(image)
-        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-            layer = image.convert("RGBA")
-            rgb = Image.new("RGB", layer.size, "white")
-            rgb.paste(layer, mask=layer.getchannel("A"))
-        else:
-            rgb = image.convert("RGB")
-    return rgb if turn is None else rgb.transpose(turn)
+        return _decoded(image)[0]
+
+
+def same_picture(first: bytes, second: bytes, looks: tuple[Look, Look], max_pixels: int) -> bool:
+    """Whether two pictures have the same pixels, whatever their formats and metadata; ``looks`` are theirs."""
+    if first == second:
+        return True
+    one, other = looks
+    # The rough pictures of equal pixels differ by the rounding of a JPEG's trial decode and the filling of its edge.
+    if one.size != other.size or np.abs(one.rough - other.rough).max() > _ROUGH_STEPS:
+        return False
+    return load_rgb(first, max_pixels).tobytes() == load_rgb(second, max_pixels).tobytes()
 
 
 @dataclass(frozen=True)
@@ -107,10 +122,25 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:  # decoders raise anything on hostile bytes; each is a reject with its reason
-        raise ImageError("image cannot be decoded", f"{type(error).__name__}: {error}"[:200]) from error
+        raise _unread(data, error) from error
     if image.width * image.height > max_pixels:
         raise ImageError("image has too many pixels", f"{image.width}x{image.height}, limit {max_pixels}")
+    colour.check_coding(image, data)
     return image
+
+
+def _unread(data: bytes, error: Exception) -> ImageError:
+    """Why nothing opened the picture."""
+    brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    if brand in (b"avif", b"avis") and not features.check("avif"):
+        return ImageError("image is AVIF, which this Pillow is built without", "install Pillow from PyPI")
+    if brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"):
+        return ImageError("image is HEIC, which is not read", "save it as AVIF, JPEG or PNG")
+    if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return ImageError("image is JPEG XL, which is not read", "save it as AVIF, JPEG or PNG")
+    if isinstance(error, UnidentifiedImageError):  # its text holds an address in memory
+        return ImageError("image cannot be decoded", f"not a whole {', '.join(FORMATS)} file")
+    return ImageError("image cannot be decoded", f"{type(error).__name__}: {error}"[:200])
 
 
 def _verify(data: bytes) -> None:
@@ -122,17 +152,21 @@ def _verify(data: bytes) -> None:
         raise ImageError("image cannot be decoded", f"{type(error).__name__}: {error}"[:200]) from error
 
 
-def _load(image: Image.Image) -> None:
+def _decoded(image: Image.Image) -> tuple[Image.Image, int]:
+    """The upright RGB picture, and the EXIF orientation that it was turned by."""
     try:
-        image.load()
+        shown = colour.load(image)
+    except ImageError:
+        raise
     except Exception as error:  # as in _open
         raise ImageError("image cannot be decoded", f"{type(error).__name__}: {error}"[:200]) from error
+    # Asked for when loaded: then the decoder has taken away what it turned by itself (TIFF).
+    orientation = _orientation(image)
+    turn = _UPRIGHT.get(orientation)
+    return (shown if turn is None else shown.transpose(turn)), orientation
 
 
 def _orientation(image: Image.Image) -> int:
-    # A PNG's EXIF may follow the pixels; asking for it would decode them, so only a leading one counts.
-    if image.format == "PNG" and "exif" not in image.info:
-        return 1
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # a broken EXIF block says nothing about the picture

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fastpref.config import Config
 from fastpref.data.buckets import Size, bucket_granularity, make_buckets
+from fastpref.data.images import DECODING
 from fastpref.data.manifest import FORMAT_VERSION
 from fastpref.data.sources import Source
 from fastpref.errors import UserError
@@ -44,6 +45,7 @@ class Job:
     buckets: list[Size]
     resolution: int
     ties: Literal["drop", "half", "keep"]
+    identical: Literal["drop", "keep"]
     posterior: bool
     flips: bool
     vae_precision: str
@@ -53,8 +55,15 @@ class Job:
     batch_size: int
     max_pixels: int
     max_caption_tokens: Literal[77, 150, 225]
+    max_enlargement: float | None
     max_reject_share: float
     fingerprint: str
+
+    @property
+    def scan_settings(self) -> dict[str, Any]:
+        """What :func:`fastpref.data.scan.scan_segment` needs to know."""
+        drop = {"drop_ties": self.ties == "drop", "drop_identical": self.identical == "drop"}
+        return {**drop, "max_pixels": self.max_pixels}
 
 
 def make_job(config: Config, source: Source) -> Job:
@@ -78,6 +87,7 @@ def make_job(config: Config, source: Source) -> Job:
         "buckets": _buckets(config, shape),
         "resolution": config.resolution,
         "ties": config.ties,
+        "identical": config.identical,
         "posterior": config.posterior,
         "flips": config.flips,
         "vae_precision": config.vae_precision,
@@ -86,8 +96,9 @@ def make_job(config: Config, source: Source) -> Job:
         "text_dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(config.precision, "float32"),
         "shard_size": config.shard_size,
         "max_pixels": config.max_image_pixels,
+        "max_enlargement": config.max_enlargement,
     }
-    content = {"format_version": FORMAT_VERSION, "records": source.fingerprint(), **settings}
+    content = {"format_version": FORMAT_VERSION, "decoding": DECODING, "records": source.fingerprint(), **settings}
     if config.max_caption_tokens != 77:  # stores from before the key say nothing of it
         content["max_caption_tokens"] = config.max_caption_tokens
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

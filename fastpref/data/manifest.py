@@ -64,6 +64,7 @@ class StoreManifest(BaseModel):
     source_records: int
     rejected: int
     ties_dropped: int
+    identical_dropped: int = 0
     unlabelled: int
     reasons: dict[str, int]
     files: dict[str, StoredFile]

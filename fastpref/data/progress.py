@@ -59,6 +59,7 @@ class PrepareSummary:
     records: int
     rejected: int
     ties_dropped: int
+    identical_dropped: int  # pairs of two equal pictures
     unlabelled: int
     bytes: int  # of the store; estimated in a dry run
     seconds: float  # this call took
@@ -83,6 +84,7 @@ class PrepareSummary:
             records=manifest.source_records,
             rejected=manifest.rejected,
             ties_dropped=manifest.ties_dropped,
+            identical_dropped=manifest.identical_dropped,
             unlabelled=manifest.unlabelled,
             bytes=manifest.total_bytes,
             seconds=seconds,
@@ -104,6 +106,7 @@ class PrepareSummary:
             records=plan.records,
             rejected=len(plan.rejected),
             ties_dropped=plan.ties_dropped,
+            identical_dropped=plan.identical_dropped,
             unlabelled=plan.unlabelled,
             bytes=0,
             seconds=seconds,
@@ -117,6 +120,7 @@ class PrepareSummary:
     def lines(self) -> list[str]:
         """The summary for a terminal."""
         left_out = [f"{self.rejected} rejected", f"{self.ties_dropped} ties dropped", f"{self.unlabelled} unlabelled"]
+        left_out += [f"{self.identical_dropped} with identical pictures dropped"] * bool(self.identical_dropped)
         head = "up to date" if self.up_to_date else "dry run, nothing written" if self.dry_run else "prepared"
         lines = [
             f"{self.store}: {head if self.finished else 'this rank is done'}",

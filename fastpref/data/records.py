@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +20,9 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastpref.data.files import CsvPart, FolderPart, JsonlPart, TarPart
+from fastpref.data.files import CsvPart, FolderPart, JsonlPart, TarPart, is_junk
 from fastpref.data.sources import ArrowPart, ParquetPart, Part, Row, Source, dataset_files
+from fastpref.data.text import BOM, caption_of, caption_problem, decode, lines
 from fastpref.errors import UserError
 
 _ACCEPTED = "give a parquet, tar, jsonl or csv file, a folder or glob of them, or a folder with winner/ and loser/"
@@ -91,14 +92,14 @@ def check_row(row: Row) -> Record | Unusable:
     if row.error:
         problem, detail = row.error, row.detail
     elif not problem:
-        problem = _caption_problem(row.caption)
+        problem = caption_problem(row.caption)
         if not problem and not (row.image_0 and row.image_1):
             problem = "image is missing"
     if problem:
         return Unusable(row.index, row.where, "rejected", problem, detail)
     assert label is not None and row.image_0 and row.image_1
     first, second = (row.image_0, row.image_1) if label >= 0.5 else (row.image_1, row.image_0)
-    return Record(row.index, row.where, first, second, row.caption, 0.5 if label == 0.5 else 1.0)
+    return Record(row.index, row.where, first, second, caption_of(row.caption), 0.5 if label == 0.5 else 1.0)
 
 
 def read_captions(records: str, limit: int | None = None) -> list[str]:
@@ -114,8 +115,8 @@ def read_captions(records: str, limit: int | None = None) -> list[str]:
         records = str(HELDOUT_PARQUET)
     captions: dict[str, None] = {}
     for caption in _captions(records):
-        if not _caption_problem(caption):
-            captions.setdefault(caption.strip())
+        if not caption_problem(caption):
+            captions.setdefault(caption_of(caption))
         if limit is not None and len(captions) >= limit:
             break
     if not captions:
@@ -130,7 +131,8 @@ def _parts(records: str) -> list[Part]:
     files = [path]
     if any(sign in records for sign in "*?[") and not path.exists():
         anchor = Path(path.anchor or ".")
-        files = sorted(anchor.glob(str(path.relative_to(path.anchor)) if path.anchor else records))
+        found = anchor.glob(str(path.relative_to(path.anchor)) if path.anchor else records)
+        files = sorted(file for file in found if not is_junk(file.name))
     if not files or not files[0].exists():
         raise UserError("no such preference records", records, _ACCEPTED)
     return [_part(file) for file in files]
@@ -142,7 +144,7 @@ def _folder_parts(path: Path) -> list[Part]:
     if (path / "winner").is_dir() and (path / "loser").is_dir():
         return [FolderPart(path)]
     for pattern in ("*.parquet", "data/*.parquet", "*.tar"):
-        files = sorted(path.glob(pattern))
+        files = sorted(file for file in path.glob(pattern) if not is_junk(file.name))
         held_out = [file.name for file in files if file.name.lower().startswith(_HELD_OUT_PREFIXES)]
         if held_out and len(held_out) < len(files):
             todo = f"choose with a glob, e.g. '{path / pattern.replace('*', 'train-*')}'"
@@ -175,18 +177,6 @@ def _label_problem(row: Row, label: float | None) -> tuple[str, str]:
     return "", ""
 
 
-def _caption_problem(caption: Any) -> str:
-    if not isinstance(caption, str):
-        return "caption is missing"
-    if not caption.strip():
-        return "caption is empty"
-    try:
-        caption.encode("utf-8")
-    except UnicodeEncodeError:
-        return "caption is not UTF-8"
-    return ""
-
-
 def _number(value: Any) -> float | None:
     if value is None or value == "":
         return None
@@ -213,14 +203,18 @@ def _captions(records: str) -> Iterator[Any]:
                     raise UserError("no column caption", records, "prompts are read from a column of that name")
                 yield from batch.column(0).to_pylist()
             return
-        with path.open(encoding="utf-8") as stream:
-            if suffix == ".json":
-                prompts = json.load(stream)
-            elif suffix == ".jsonl":
-                prompts = (json.loads(line) for line in stream if line.strip())
-            else:
-                prompts = stream
-            for prompt in prompts:
-                yield prompt.get("caption", prompt.get("prompt")) if isinstance(prompt, dict) else prompt
+        for prompt in _prompts(decode(path.read_bytes()), suffix):
+            yield prompt.get("caption", prompt.get("prompt")) if isinstance(prompt, dict) else prompt
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
         raise UserError("cannot read the prompts", records, str(error)) from error
+
+
+def _prompts(text: str, suffix: str) -> Iterable[Any]:
+    if suffix == ".txt":
+        return lines(text)
+    if suffix == ".jsonl":
+        return (json.loads(line.strip(BOM)) for line in lines(text) if line.strip())
+    prompts = json.loads(text)
+    if not isinstance(prompts, list):
+        raise ValueError("the JSON is not a list of prompts")
+    return prompts

@@ -9,14 +9,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from fastpref.data.buckets import Size
-from fastpref.data.images import ImageError, probe
+from fastpref.data.images import ImageError, Look, probe, same_picture
 from fastpref.data.records import Record, Unusable, check_row
 from fastpref.data.sources import Row, Source
 
 SCAN_ROWS = 4096  # records in a segment, the unit of resuming and of sharing the work
 _WINDOW = 64
-USABLE, REJECTED, UNLABELLED, TIE = range(4)
+USABLE, REJECTED, UNLABELLED, TIE, IDENTICAL = range(5)
 SCHEMA = pa.schema(
     [
         ("record", pa.int64()),
@@ -41,20 +40,23 @@ def segments(records: int) -> list[range]:
     return [range(start, min(start + SCAN_ROWS, records)) for start in range(0, records, SCAN_ROWS)]
 
 
-def scan_segment(source: Source, segment: range, *, drop_ties: bool, max_pixels: int, beat: Any = None) -> pa.Table:
+def scan_segment(
+    source: Source, segment: range, *, drop_ties: bool, drop_identical: bool, max_pixels: int, beat: Any = None
+) -> pa.Table:
     """One row a record (:data:`SCHEMA`): its status and reason, or the sha256 and size of its pictures.
 
     Args:
         source: the records.
         segment: which of them.
         drop_ties: leave ties out before their pictures are looked at.
+        drop_identical: leave out pairs whose two pictures have the same pixels.
         max_pixels: pictures with more are rejected undecoded.
         beat: called after every few records with their number.
     """
     found: list[dict[str, Any]] = []
     with ThreadPoolExecutor(max_workers=8, thread_name_prefix="probe") as pool:
         for window in _windows(source.rows(segment)):
-            found.extend(pool.map(lambda row: _scan_row(row, drop_ties, max_pixels), window))
+            found.extend(pool.map(lambda row: _scan_row(row, drop_ties, drop_identical, max_pixels), window))
             if beat is not None:
                 beat(len(window))
     return pa.Table.from_pylist(found, schema=SCHEMA)
@@ -71,20 +73,22 @@ def _windows(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield window
 
 
-def _scan_row(row: Row, drop_ties: bool, max_pixels: int) -> dict[str, Any]:
+def _scan_row(row: Row, drop_ties: bool, drop_identical: bool, max_pixels: int) -> dict[str, Any]:
     record = check_row(row)
     if isinstance(record, Unusable):
         status = REJECTED if record.kind == "rejected" else UNLABELLED
         return _left_out(record, status, record.reason, record.detail)
     if drop_ties and record.label == 0.5:
         return {"record": record.index, "status": TIE}
-    sizes: list[Size] = []
+    looks: list[Look] = []
     for side, image in (("winner", record.winner), ("loser", record.loser)):
         try:
-            sizes.append(probe(image, max_pixels))
+            looks.append(probe(image, max_pixels))
         except ImageError as error:
             return _left_out(record, REJECTED, error.reason, f"{side}: {error.detail}")
-    (width_w, height_w), (width_l, height_l) = sizes
+    first, second = looks
+    if drop_identical and same_picture(record.winner, record.loser, (first, second), max_pixels):
+        return {"record": record.index, "status": IDENTICAL}
     return {
         "record": record.index,
         "status": USABLE,
@@ -92,10 +96,10 @@ def _scan_row(row: Row, drop_ties: bool, max_pixels: int) -> dict[str, Any]:
         "label": record.label,
         "key_w": hashlib.sha256(record.winner).digest(),
         "key_l": hashlib.sha256(record.loser).digest(),
-        "width_w": width_w,
-        "height_w": height_w,
-        "width_l": width_l,
-        "height_l": height_l,
+        "width_w": first.size[0],
+        "height_w": first.size[1],
+        "width_l": second.size[0],
+        "height_l": second.size[1],
     }
 
 

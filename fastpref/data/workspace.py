@@ -86,7 +86,11 @@ class Workspace:
                 return False
             if not overwrite:
                 todo = "give another store, or overwrite=true to replace it"
-                raise UserError("a store of other records, model or settings is there", str(self.path), todo)
+                raise UserError(
+                    "a store of other records, model or settings, or of another fastpref, is there",
+                    str(self.path),
+                    todo,
+                )
             self._clear()
         elif self.work.is_dir():
             self._resume(overwrite)
@@ -119,7 +123,11 @@ class Workspace:
         begun = any(self.work.glob("text-*")) or any(self.work.glob("image-*"))
         if started != _CLEARING and begun and not overwrite:
             todo = "give another store, or overwrite=true to start again"
-            raise UserError("an unfinished store of other records, model or settings is there", str(self.path), todo)
+            raise UserError(
+                "an unfinished store of other records, model or settings, or of another fastpref, is there",
+                str(self.path),
+                todo,
+            )
         self._clear()
 
     def _join(self, overwrite: bool) -> bool:

@@ -10,8 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from fastpref.data.files import IMAGE_SUFFIXES, MAX_CAPTION_BYTES, read_file, read_image
+from fastpref.data import files as data_files
+from fastpref.data.files import IMAGE_SUFFIXES, MAX_CAPTION_BYTES, by_stem, read_file, read_image
 from fastpref.data.images import ImageError, load_rgb
+from fastpref.data.text import BOM, caption_of, caption_problem, decode, lines
 from fastpref.errors import UserError
 
 METADATA = "metadata.jsonl"
@@ -56,7 +58,7 @@ def picture_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError("no such folder of pictures", str(folder), "give a folder of captioned pictures")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    files = data_files.picture_files(folder)
     if not files:
         raise UserError("there are no pictures in the folder", str(folder), f"looked for {', '.join(IMAGE_SUFFIXES)}")
     return files
@@ -71,7 +73,7 @@ def read_folder(folder: Path) -> list[CaptionedFile]:
     files = picture_files(folder)
     if (folder / METADATA).is_file():
         return _metadata(folder)
-    found = [CaptionedFile(folder, file.name, _text(file.with_suffix(".txt"))) for file in files]
+    found = [CaptionedFile(folder, file.name, _text(file.with_suffix(".txt"))) for file in by_stem(files).values()]
     bare = [entry.name for entry in found if not entry.caption]
     if bare:
         raise UserError(f"{len(bare)} of {len(files)} pictures have no caption, e.g. {bare[0]}", str(folder), _TODO)
@@ -86,6 +88,9 @@ def match_folders(winners: Path, losers: Path) -> list[tuple[CaptionedFile, Capt
         raise UserError("no captions in either folder", f"{winners} and {losers}", todo)
     first, second = (_read(f, has) for f, has in zip((winners, losers), captioned, strict=True))
     by_caption = all(captioned)
+    if not by_caption:
+        for side in (first, second):
+            by_stem([file.root / file.name for file in side])
     pool: dict[str, list[CaptionedFile]] = {}
     for file in second:
         pool.setdefault(file.caption if by_caption else Path(file.name).stem, []).append(file)
@@ -127,19 +132,23 @@ def folder_fingerprint(files: list[CaptionedFile]) -> str:
 
 def _metadata(folder: Path) -> list[CaptionedFile]:
     found = []
-    for number, line in enumerate((folder / METADATA).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    try:
+        text = decode((folder / METADATA).read_bytes())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("cannot read the captions", str(folder / METADATA), str(error)) from None
+    for number, line in enumerate(lines(text), 1):
         if not line.strip():
             continue
         where = f"{folder / METADATA}, line {number}"
         try:
-            value: Any = json.loads(line)
+            value: Any = json.loads(line.strip(BOM))
         except ValueError as error:
-            raise UserError("the line is no JSON", where, str(error)) from None
+            raise UserError("the line is not JSON", where, str(error)) from None
         name = value.get("file_name") if isinstance(value, dict) else None
         caption = next((value[key] for key in _CAPTION_KEYS if value.get(key)), None) if name else None
-        if not isinstance(name, str) or not isinstance(caption, str) or not caption.strip():
+        if not isinstance(name, str) or caption_problem(caption) in ("caption is missing", "caption is empty"):
             raise UserError("no file_name or no caption", where, f"write file_name and {', '.join(_CAPTION_KEYS[:2])}")
-        found.append(CaptionedFile(folder, name, caption.strip()))
+        found.append(CaptionedFile(folder, name, _checked(caption, where)))
     if not found:
         raise UserError("the file names no pictures", str(folder / METADATA), _TODO)
     return found
@@ -152,9 +161,16 @@ def _text(file: Path) -> str:
     if data is None:
         raise UserError(problem, str(file), "put the caption itself into the folder")
     try:
-        return data.decode("utf-8").strip()
+        text = decode(data)
     except UnicodeDecodeError as error:
         raise UserError("cannot read the caption", str(file), str(error)) from None
+    return _checked(text, str(file)) if caption_of(text) else ""
+
+
+def _checked(caption: str, where: str) -> str:
+    if problem := caption_problem(caption):
+        raise UserError(problem, where, "write it in UTF-8")
+    return caption_of(caption)
 
 
 def _has_captions(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from fastpref.config import Config
-from fastpref.data.images import ImageError, probe
+from fastpref.data.images import ImageError, load_rgb, probe
 from fastpref.data.progress import Bars
 from fastpref.errors import UserError
 from fastpref.evaluate.folders import CaptionedFile, check_apart, match_folders, picture_files
@@ -131,7 +131,8 @@ def pairs_from_prompts(
             for job, w, b in zip(part, winners, losers, strict=True)
         ]
 
-    return _make(jobs, make, out, settings, batch=max(1, config.eval_batch_size // 2), **options)
+    batch = max(1, config.eval_batch_size // 2)
+    return _make(jobs, make, out, settings, batch=batch, max_pixels=config.max_image_pixels, **options)
 
 
 def pairs_from_folders(config: Config, winners: Path, losers: Path, out: Path, **options: Any) -> PairsSummary:
@@ -157,7 +158,8 @@ def pairs_from_folders(config: Config, winners: Path, losers: Path, out: Path, *
 
     settings: dict[str, Any] = {"folders": [str(winners.resolve()), str(losers.resolve())]}
     settings |= {"files": [[(f.name, f.size()) for f in job.files or ()] for job in jobs]}
-    return _make(jobs, make, out, settings, batch=16, unmatched=total - 2 * len(jobs), **options)
+    options |= {"unmatched": total - 2 * len(jobs), "max_pixels": config.max_image_pixels}
+    return _make(jobs, make, out, settings, batch=16, **options)
 
 
 def styled(prompt: str, style: str) -> str:
@@ -196,6 +198,7 @@ def _make(
     settings: dict[str, Any],
     *,
     batch: int,
+    max_pixels: int,
     heldout: float = 0.1,
     shard_size: int = 64,
     image_format: ImageFormat = "png",
@@ -237,7 +240,7 @@ def _make(
         advance = bars.add("pairs", count)
         for (split, number), part in todo.items():
             files.write(split, number, [pair for pair in _batched(part, make, batch, advance)])
-    _sheet(out, [pair for key in shards for pair in files.read(*key, limit=_SHEET_PAIRS)])
+    _sheet(out, [pair for key in shards for pair in files.read(*key, limit=_SHEET_PAIRS)], max_pixels)
     described = {key: value for key, value in settings.items() if key not in ("files", "weights")}
     files.finish({"pairs": pairs, "prompts": summary.prompts, "heldout": heldout, **described})
     return summary
@@ -255,15 +258,11 @@ def _batched(
         advance(len(part))
 
 
-def _sheet(out: Path, pairs: Sequence[Pair]) -> None:
+def _sheet(out: Path, pairs: Sequence[Pair], max_pixels: int) -> None:
     """The contact sheet of the first pairs, the held-out ones last."""
     chosen = [*pairs[: _SHEET_PAIRS - 1], *pairs[-1:]] if len(pairs) > _SHEET_PAIRS else pairs
-    pictures = [[(_opened(pair.loser), _opened(pair.winner))] for pair in chosen]
+    pictures = [[(load_rgb(pair.loser, max_pixels), load_rgb(pair.winner, max_pixels))] for pair in chosen]
     save_png(before_after_sheet(pictures, [pair.caption for pair in chosen], header=_HEADER), out / SHEET)
-
-
-def _opened(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def _checked(file: CaptionedFile, max_pixels: int) -> bytes:

@@ -247,7 +247,7 @@ def _held_out(config: Config) -> Iterator[Pair]:
     chosen = set(choose_prompts(read_captions(records), config.eval_prompts))
     warn_of_cut(resolve_model_dir(config.model), config.max_caption_tokens, chosen)
     for record in read_records(records):
-        if not isinstance(record, Record) or record.label == 0.5 or record.caption.strip() not in chosen:
+        if not isinstance(record, Record) or record.label == 0.5 or record.caption not in chosen:
             continue
         try:
             winner, loser = (
@@ -255,7 +255,7 @@ def _held_out(config: Config) -> Iterator[Pair]:
             )
         except ImageError as error:
             raise UserError(error.reason, f"{records}, {record.where}", "evaluation needs every real image") from None
-        yield Pair(record.index, winner, loser, record.caption.strip())
+        yield Pair(record.index, winner, loser, record.caption)
 
 
 def _batches(pairs: Iterator[Pair], size: int) -> Iterator[list[Pair]]:

@@ -62,7 +62,7 @@ class RecordReals:
             except ImageError as error:
                 where = f"{self._path}, {record.where}"
                 raise UserError(error.reason, where, "evaluation needs every real image") from None
-            yield to_bucket(image, size), record.caption.strip()
+            yield to_bucket(image, size), record.caption
 
     def fingerprint(self) -> str:
         return open_records(self._path).fingerprint()

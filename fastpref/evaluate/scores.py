@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image
 
 from fastpref.atomic import make_directory, write_bytes
+from fastpref.config import Config
+from fastpref.data.images import ImageError, load_rgb
 from fastpref.errors import UserError
 
 if TYPE_CHECKING:
@@ -240,9 +242,8 @@ def _score_all(scorer: Scorer, files: Mapping[Key, Path], keys: Sequence[Key], b
 
 def _read(file: Path) -> Image.Image:
     try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+        return load_rgb(file.read_bytes(), Config().max_image_pixels)
+    except (OSError, ImageError) as error:
         raise UserError("cannot read the picture", str(file), str(error)) from None
 
 

@@ -24,6 +24,7 @@ from fastpref.models.work import Work
 from fastpref.train.best import BestCheckpoint, export_best
 from fastpref.train.checkpoint import Checkpoint, load_checkpoint, newest_intact
 from fastpref.train.checkpoint_writer import CheckpointWriter
+from fastpref.train.optim import rate_jump
 from fastpref.train.profile import StepProfiler, phase
 from fastpref.train.telemetry import (
     MetricsLog,
@@ -196,6 +197,7 @@ class TrainJob:
         more, values["trainer"] = trainer.state()
         tensors = {**state, **{f"trainer.{name}": tensor for name, tensor in more.items() if world.is_main}}
         values |= {"counts": list(astuple(self._work())), "seconds": seconds, "skipped": trainer.skipped}
+        values["steps"] = self.config.steps
         values |= {"seconds_total": self.seconds_total(), "layout": trainer.engine.layout, "best": self.best.state()}
         writer.save(step, tensors, values, spared=self.best.step, wait=wait)
         if self.config.export_checkpoints and trainer.skipped < step:  # else nothing is trained yet
@@ -251,6 +253,8 @@ class TrainJob:
             self.console.print(lost, style="yellow")
         self.seconds_before = float(checkpoint.values.get("seconds_total", checkpoint.values["seconds"]))
         self.console.print(f"resuming after step {checkpoint.step}")
+        if jump := rate_jump(self.config, checkpoint.step, checkpoint.values.get("steps")):
+            self.console.print(jump, style="yellow")
         before, now = checkpoint.values.get("layout"), self.trainer.engine.layout
         if before not in (None, now):
             self.console.print(f"saved by {before}, going on as {now}: equal to rounding, not bit for bit")

@@ -72,6 +72,18 @@ def learning_rate_at(config: Config, step: int) -> float:
     return config.learning_rate * factor
 
 
+def rate_jump(config: Config, step: int, planned: int | None) -> str:
+    """What other ``steps`` than were ``planned`` at a checkpoint do to the next step's learning rate, if anything."""
+    if planned is None or planned == config.steps or not 0 < step < config.steps:
+        return ""
+    before = config.model_copy(update={"steps": planned})
+    last, unchanged, now = (learning_rate_at(c, s) for c, s in ((before, step - 1), (before, step), (config, step)))
+    if now == unchanged:
+        return ""
+    why = f"steps is {config.steps}, was {planned}, and lr_scheduler {config.lr_scheduler} ends with them"
+    return f"the learning rate jumps from {last:.3g} to {now:.3g}: {why}"
+
+
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 

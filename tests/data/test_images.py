@@ -72,7 +72,7 @@ def test_exif_orientation_is_applied(kind):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned clockwise: white on top
     data = _encoded(image, kind, exif=exif)
-    assert probe(data, LIMIT) == (20, 40)
+    assert probe(data, LIMIT).size == (20, 40)
     pixels = np.asarray(load_rgb(data, LIMIT))
     assert pixels.shape == (40, 20, 3)
     assert pixels[:18].min() > 240
@@ -90,7 +90,7 @@ def test_transparent_pixels_are_shown_over_white():
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_cut_short_and_foreign_bytes_are_refused(kind, picture):
     data = picture(1, (64, 64), kind)
-    assert probe(data, LIMIT) == (64, 64)
+    assert probe(data, LIMIT).size == (64, 64)
     for bad in (data[: len(data) * 2 // 3], data[:20], b"GIF89a", b"%!PS-Adobe-3.0 EPSF-3.0\n", b""):
         with pytest.raises(ImageError) as caught:
             probe(bad, LIMIT)
@@ -108,7 +108,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(picture):
     assert caught.value.reason in ("image has too many pixels", "image cannot be decoded")
     with pytest.raises(ImageError, match="too many pixels"):
         probe(picture(1, (40, 30)), 1199)
-    assert probe(picture(1, (40, 30)), 1200) == (40, 30)
+    assert probe(picture(1, (40, 30)), 1200).size == (40, 30)
 
 
 @pytest.mark.parametrize(("resolution", "granularity"), [(1024, 64), (512, 64), (32, 8), (64, 8), (256, 16)])

@@ -173,8 +173,8 @@ def test_paths_never_leave_the_directory(tmp_path, picture):
         "no image path",
         outside,
         picture(1),
-        "line is no JSON",
-        "line is no JSON object",
+        "line is not JSON",
+        "line is not a JSON object",
     ]
     assert found[0].where == "pairs.jsonl record 0"
     assert found[0].detail == "winner: ../secret.png"

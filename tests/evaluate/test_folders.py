@@ -163,7 +163,7 @@ def test_captions_of_a_folder(tmp_path: Path) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(rows))
     assert [(file.name, file.caption) for file in read_folder(folder)] == [("001.png", "three"), ("000.png", "four")]
     for row, message in (
-        ("{", "no JSON"),
+        ("{", "is not JSON"),
         ('{"file_name": "001.png"}', "no file_name or no caption"),
         ("[1]", "no file_name"),
         ("", "names no pictures"),

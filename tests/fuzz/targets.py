@@ -122,7 +122,7 @@ def image(world: World, rng: random.Random, folder: Path) -> Attempt:
     def run() -> None:
         with own_pixel_limit():
             try:
-                size = probe(data, MAX_PIXELS)
+                size = probe(data, MAX_PIXELS).size
                 picture = load_rgb(data, MAX_PIXELS)
             except ImageError as error:
                 raise UserError(error.reason, name, error.detail) from error

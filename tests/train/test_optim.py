@@ -12,7 +12,7 @@ from fastpref.config import Config, load_config
 from fastpref.errors import UserError
 from fastpref.runs import run_training
 from fastpref.train.checkpoint import load_checkpoint
-from fastpref.train.optim import build_optimizer, learning_rate_at
+from fastpref.train.optim import build_optimizer, learning_rate_at, rate_jump
 
 MakeConfig = Callable[..., Config]
 
@@ -25,6 +25,33 @@ def test_schedules_by_hand() -> None:
     assert [learning_rate_at(linear, s) for s in (10, 60, 109)] == pytest.approx([1.0, 0.5, 0.01])
     cosine = load_config("", [*base, "lr_scheduler=cosine"])
     assert [learning_rate_at(cosine, s) for s in (10, 60)] == pytest.approx([1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "step", "planned", "steps", "jump"),
+    [
+        ("cosine", 100, 100, 200, "from 0.000247 to 0.5"),  # (1 + cos(0.99 pi)) / 2, then half way
+        ("linear", 100, 100, 200, "from 0.01 to 0.5"),
+        ("linear", 50, 100, 60, "from 0.51 to 0.167"),  # fewer steps jump too
+        ("constant", 100, 100, 200, ""),
+        ("cosine", 100, 100, 100, ""),
+        ("cosine", 0, 100, 200, ""),  # nothing was trained yet
+        ("cosine", 100, None, 200, ""),  # a checkpoint from before this was noted
+    ],
+)
+def test_other_steps_on_resume_say_how_the_rate_jumps(scheduler, step, planned, steps, jump) -> None:
+    config = load_config("", ["learning_rate=1.0", f"steps={steps}", f"lr_scheduler={scheduler}"])
+    said = rate_jump(config, step, planned)
+    assert (jump in said and f"steps is {steps}, was {planned}" in said) if jump else said == ""
+
+
+def test_a_resumed_run_says_that_its_rate_jumps(sdxl_config: MakeConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    common = ["name=longer", "method=sft", "lr_scheduler=cosine", "learning_rate=0.001"]
+    run_training(sdxl_config(*common, "steps=2"))
+    assert "jumps" not in capfd.readouterr().err
+    run_training(sdxl_config(*common, "steps=8", "resume=auto"))
+    # (1 + cos(pi/2)) / 2 of 0.001 in the last step, (1 + cos(pi/4)) / 2 in the next
+    assert "jumps from 0.0005 to 0.000854: steps is 8, was 2" in " ".join(capfd.readouterr().err.split())
 
 
 def test_adamw_takes_its_settings_from_the_config() -> None:
