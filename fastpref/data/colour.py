@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags
 _SPACE = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # mode → ICC colour space of a profile that is meant for it
@@ -43,7 +43,7 @@ def check_coding(image: Image.Image, data: bytes) -> None:
         raise ImageError("image is HDR or wide-gamut without a profile", f"colour primaries and curve {codes}")
 
 
-def load(image: Image.Image) -> Image.Image:
+def load(image: ImageFile.ImageFile) -> Image.Image:
     """Decode ``image`` (its first frame): RGB, transparent pixels over white, an embedded profile applied.
 
     The picture is not turned by its EXIF.
@@ -57,9 +57,10 @@ def load(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
     picture, alpha = _parts(image, str(tile.args) if tile else "")
     rgb = _converted(picture, profile)
-    if image.format == "GIF" and tile is not None and tuple(tile.extents) != (0, 0, *image.size):
+    box = tile.extents if tile else None
+    if image.format == "GIF" and box is not None and tuple(box) != (0, 0, *image.size):
         covered = Image.new("L", image.size, 0)  # nothing is drawn beside a first frame that is smaller than the screen
-        covered.paste(255 if alpha is None else alpha.crop(tile.extents), tile.extents)
+        covered.paste(255 if alpha is None else alpha.crop(box), box)
         alpha = covered
     if alpha is None:
         return rgb
@@ -98,15 +99,15 @@ def _parts(image: Image.Image, raw: str) -> tuple[Image.Image, Image.Image | Non
 
 def _of_16_bits(image: Image.Image, key: Any) -> tuple[Image.Image, Image.Image | None]:
     """Grey of up to 16 bits in 8, rounded."""
-    values = np.asarray(image).astype(np.uint32)
+    values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS_PER_SAMPLE, (16,))
     top = (1 << (bits[0] if isinstance(bits, tuple) else bits)) - 1
-    grey = ((np.minimum(values, top) * 255 + top // 2) // top).astype(np.uint8)
+    in_8_bits = ((np.minimum(np.arange(1 << 16), top) * 255 + top // 2) // top).astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        grey = 255 - grey
+        in_8_bits = 255 - in_8_bits
     alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
-    return Image.fromarray(grey), alpha
+    return Image.fromarray(in_8_bits[values]), alpha
 
 
 def _converted(picture: Image.Image, profile: bytes | None) -> Image.Image:

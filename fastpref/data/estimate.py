@@ -92,8 +92,8 @@ def dry_run_summary(job: Job, source: Source, device: torch.device, store: Path,
     """
     started = time.perf_counter()
     advance = bars.add("records checked", len(source))
-    tables = [scan_segment(source, part, **job.scan_settings, beat=advance) for part in segments(len(source))]
-    plan = make_plan(tables, job.buckets, job.max_enlargement)
+    tables = [scan_segment(source, part, job.scan_rules, advance) for part in segments(len(source))]
+    plan = make_plan(tables, job.buckets)
     check_usable(plan.rejected, len(plan.record), plan.records, job.max_reject_share, job.records)
     scanned = time.perf_counter() - started
     measured = bars.add("captions measured", len(plan.captions) - 1)

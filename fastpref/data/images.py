@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from fastpref.data import colour
 from fastpref.data.buckets import Size
@@ -97,13 +97,18 @@ class Fit:
     crop_left: int
 
 
+def enlargement(size: Size, target: Size) -> float:
+    """How many times a picture of ``size`` is enlarged to cover ``target``."""
+    return max(target[0] / size[0], target[1] / size[1])
+
+
 def fit(size: Size, target: Size) -> Fit:
     """The largest centred box of ``target``'s aspect ratio in a picture of ``size``.
 
     The box has fractional edges, so its aspect ratio is exact. A picture smaller than the target is enlarged.
     """
     width, height = size
-    scale = max(target[0] / width, target[1] / height)
+    scale = enlargement(size, target)
     kept_w, kept_h = target[0] / scale, target[1] / scale
     left, top = (width - kept_w) / 2, (height - kept_h) / 2
     box = (max(left, 0.0), max(top, 0.0), min(left + kept_w, float(width)), min(top + kept_h, float(height)))
@@ -118,7 +123,7 @@ def to_bucket(image: Image.Image, target: Size) -> Image.Image:
     return image.resize(target, Image.Resampling.LANCZOS, box=box)
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
+def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:  # decoders raise anything on hostile bytes; each is a reject with its reason
@@ -152,7 +157,7 @@ def _verify(data: bytes) -> None:
         raise ImageError("image cannot be decoded", f"{type(error).__name__}: {error}"[:200]) from error
 
 
-def _decoded(image: Image.Image) -> tuple[Image.Image, int]:
+def _decoded(image: ImageFile.ImageFile) -> tuple[Image.Image, int]:
     """The upright RGB picture, and the EXIF orientation that it was turned by."""
     try:
         shown = colour.load(image)

@@ -12,6 +12,7 @@ from fastpref.config import Config
 from fastpref.data.buckets import Size, bucket_granularity, make_buckets
 from fastpref.data.images import DECODING
 from fastpref.data.manifest import FORMAT_VERSION
+from fastpref.data.scan import ScanRules
 from fastpref.data.sources import Source
 from fastpref.errors import UserError
 
@@ -60,10 +61,10 @@ class Job:
     fingerprint: str
 
     @property
-    def scan_settings(self) -> dict[str, Any]:
-        """What :func:`fastpref.data.scan.scan_segment` needs to know."""
+    def scan_rules(self) -> ScanRules:
+        """What the scan leaves out."""
         drop = {"drop_ties": self.ties == "drop", "drop_identical": self.identical == "drop"}
-        return {**drop, "max_pixels": self.max_pixels}
+        return ScanRules(**drop, max_pixels=self.max_pixels, max_enlargement=self.max_enlargement, buckets=self.buckets)
 
 
 def make_job(config: Config, source: Source) -> Job:

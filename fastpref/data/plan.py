@@ -50,21 +50,13 @@ class Plan:
         return [range(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
 
 
-def make_plan(scanned: list[pa.Table], buckets: list[Size], max_enlargement: float | None = None) -> Plan:
-    """The plan of all segments of a scan, in order. Memory: about 1 KB a record, measured at 1e6.
-
-    A pair with a picture that has to be enlarged more than ``max_enlargement`` times to fill its bucket is rejected.
-    """
+def make_plan(scanned: list[pa.Table], buckets: list[Size]) -> Plan:
+    """The plan of all segments of a scan, in order. Memory: about 1 KB a record, measured at 1e6."""
     table = pa.concat_tables(scanned)
     status = table.column("status").to_numpy()
     usable = table.filter(pa.array(status == USABLE))
     sizes_w, sizes_l = _sizes(usable, "w"), _sizes(usable, "l")
     bucket = choose_buckets(buckets, sizes_w, sizes_l)
-    rejected = _rejections(table.filter(pa.array(status == REJECTED)))
-    if max_enlargement is not None:
-        small, fine = _too_small(usable, (sizes_w, sizes_l), np.asarray(buckets)[bucket], max_enlargement)
-        rejected = sorted(rejected + small, key=lambda entry: entry["record"])
-        usable, sizes_w, sizes_l, bucket = usable.filter(pa.array(fine)), sizes_w[fine], sizes_l[fine], bucket[fine]
     codes, first, keys = _content(usable, bucket)
     record = usable.column("record").to_numpy()
     captions = pa.chunked_array([pa.array([""], pa.string()), *usable.column("caption").chunks]).combine_chunks()
@@ -84,7 +76,7 @@ def make_plan(scanned: list[pa.Table], buckets: list[Size], max_enlargement: flo
         image_key=keys,
         captions=encoded.dictionary.to_pylist(),
         records=len(table),
-        rejected=rejected,
+        rejected=_rejections(table.filter(pa.array(status == REJECTED))),
         ties_dropped=int((status == TIE).sum()),
         identical_dropped=int((status == IDENTICAL).sum()),
         unlabelled=int((status == UNLABELLED).sum()),
@@ -147,22 +139,6 @@ def _content(usable: pa.Table, bucket: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def _sizes(usable: pa.Table, side: str) -> np.ndarray:
     columns = [usable.column(f"{name}_{side}").to_numpy() for name in ("width", "height")]
     return np.stack(columns, axis=1).astype(np.int32)
-
-
-def _too_small(
-    usable: pa.Table, sizes: tuple[np.ndarray, np.ndarray], target: np.ndarray, limit: float
-) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """The rejects for a picture that would be enlarged more than ``limit`` times, and (P,) which pairs stay."""
-    scales = np.stack([(target / size).max(axis=1) for size in sizes], axis=1)
-    rejects, record = [], usable.column("record").to_numpy()
-    for pair in np.flatnonzero((scales > limit).any(axis=1)).tolist():
-        side = int(scales[pair].argmax())
-        (width, height), scale = sizes[side][pair].tolist(), scales[pair, side]
-        detail = (
-            f"{('winner', 'loser')[side]}: {width}x{height} to be enlarged {scale:.3g} times, max_enlargement {limit:g}"
-        )
-        rejects.append({"record": int(record[pair]), "reason": "image is too small", "detail": detail})
-    return rejects, (scales <= limit).all(axis=1)
 
 
 def _rejections(table: pa.Table) -> list[dict[str, Any]]:

@@ -85,7 +85,7 @@ def prepare(
 def _run(
     job: Job, source: Source, workspace: Workspace, device: torch.device, bars: Bars, started: float
 ) -> PrepareSummary:
-    plan = make_plan(_scan(job, source, workspace, bars), job.buckets, job.max_enlargement)
+    plan = make_plan(_scan(job, source, workspace, bars), job.buckets)
     listing = workspace.path / manifest.REJECTED
     if workspace.ranks.rank == 0:
         write_rejected(listing, plan.rejected)
@@ -105,7 +105,7 @@ def _scan(job: Job, source: Source, workspace: Workspace, bars: Bars) -> list[pa
     todo = [(n, part) for n, part in workspace.ranks.share(parts) if not workspace.is_scanned(n)]
     advance = bars.add("records checked", sum(len(part) for _, part in todo), workspace.beat)
     for number, part in todo:
-        table = scan_segment(source, part, **job.scan_settings, beat=advance)
+        table = scan_segment(source, part, job.scan_rules, advance)
         workspace.write_scan(number, table)
     workspace.wait_for([workspace.scan_file(number) for number in range(len(parts))])
     return [workspace.read_scan(number) for number in range(len(parts))]

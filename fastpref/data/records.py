@@ -4,7 +4,7 @@ Accepted as ``records``: a parquet file, a glob or a folder of parquet files (al
 ``datasets.Dataset.save_to_disk``, each with Pick-a-Pic's columns ``jpg_0, jpg_1`` (encoded bytes or ``{bytes, path}``),
 ``label_0`` (1: jpg_0 preferred, 0: jpg_1, 0.5: tie), ``caption`` and, if present, ``has_label`` and ``label_1``, which
 versions 1 and 2 of the data set share (ids such as ``best_image_uid`` are not read); ``.tar`` files or a folder or glob
-of them (see :class:`fastpref.data.files.TarPart`); ``.jsonl`` and ``.csv`` with image paths relative to the file and
+of them (see :class:`fastpref.data.tars.TarPart`); ``.jsonl`` and ``.csv`` with image paths relative to the file and
 inside its directory; a folder with ``winner/`` and ``loser/``; and ``emoji``, the bundled training records.
 """
 
@@ -20,8 +20,9 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastpref.data.files import CsvPart, FolderPart, JsonlPart, TarPart, is_junk
+from fastpref.data.files import CsvPart, FolderPart, JsonlPart, is_junk
 from fastpref.data.sources import ArrowPart, ParquetPart, Part, Row, Source, dataset_files
+from fastpref.data.tars import TarPart
 from fastpref.data.text import BOM, caption_of, caption_problem, decode, lines
 from fastpref.errors import UserError
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from fastpref.data.images import ImageError, Look, probe, same_picture
+from fastpref.data.buckets import Size, choose_buckets
+from fastpref.data.images import ImageError, Look, enlargement, probe, same_picture
 from fastpref.data.records import Record, Unusable, check_row
 from fastpref.data.sources import Row, Source
 
@@ -40,23 +43,31 @@ def segments(records: int) -> list[range]:
     return [range(start, min(start + SCAN_ROWS, records)) for start in range(0, records, SCAN_ROWS)]
 
 
-def scan_segment(
-    source: Source, segment: range, *, drop_ties: bool, drop_identical: bool, max_pixels: int, beat: Any = None
-) -> pa.Table:
+@dataclass(frozen=True)
+class ScanRules:
+    """What is left out before anything is encoded: ``drop_ties`` and ``drop_identical`` pairs (equal pixels), and
+    pictures of more than ``max_pixels`` pixels or to be enlarged more than ``max_enlargement`` times (None: any)."""
+
+    drop_ties: bool
+    drop_identical: bool
+    max_pixels: int
+    max_enlargement: float | None
+    buckets: list[Size]
+
+
+def scan_segment(source: Source, segment: range, rules: ScanRules, beat: Any = None) -> pa.Table:
     """One row a record (:data:`SCHEMA`): its status and reason, or the sha256 and size of its pictures.
 
     Args:
         source: the records.
         segment: which of them.
-        drop_ties: leave ties out before their pictures are looked at.
-        drop_identical: leave out pairs whose two pictures have the same pixels.
-        max_pixels: pictures with more are rejected undecoded.
+        rules: what is left out.
         beat: called after every few records with their number.
     """
     found: list[dict[str, Any]] = []
     with ThreadPoolExecutor(max_workers=8, thread_name_prefix="probe") as pool:
         for window in _windows(source.rows(segment)):
-            found.extend(pool.map(lambda row: _scan_row(row, drop_ties, drop_identical, max_pixels), window))
+            found.extend(pool.map(lambda row: _scan_row(row, rules), window))
             if beat is not None:
                 beat(len(window))
     return pa.Table.from_pylist(found, schema=SCHEMA)
@@ -73,21 +84,23 @@ def _windows(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield window
 
 
-def _scan_row(row: Row, drop_ties: bool, drop_identical: bool, max_pixels: int) -> dict[str, Any]:
+def _scan_row(row: Row, rules: ScanRules) -> dict[str, Any]:
     record = check_row(row)
     if isinstance(record, Unusable):
         status = REJECTED if record.kind == "rejected" else UNLABELLED
         return _left_out(record, status, record.reason, record.detail)
-    if drop_ties and record.label == 0.5:
+    if rules.drop_ties and record.label == 0.5:
         return {"record": record.index, "status": TIE}
     looks: list[Look] = []
     for side, image in (("winner", record.winner), ("loser", record.loser)):
         try:
-            looks.append(probe(image, max_pixels))
+            looks.append(probe(image, rules.max_pixels))
         except ImageError as error:
             return _left_out(record, REJECTED, error.reason, f"{side}: {error.detail}")
     first, second = looks
-    if drop_identical and same_picture(record.winner, record.loser, (first, second), max_pixels):
+    if small := _too_small(first.size, second.size, rules):
+        return _left_out(record, REJECTED, "image is too small", small)
+    if rules.drop_identical and same_picture(record.winner, record.loser, (first, second), rules.max_pixels):
         return {"record": record.index, "status": IDENTICAL}
     return {
         "record": record.index,
@@ -101,6 +114,19 @@ def _scan_row(row: Row, drop_ties: bool, drop_identical: bool, max_pixels: int) 
         "width_l": second.size[0],
         "height_l": second.size[1],
     }
+
+
+def _too_small(winner: Size, loser: Size, rules: ScanRules) -> str:
+    """Which picture of a pair would be enlarged too much to fill the bucket that both get, and how much."""
+    if rules.max_enlargement is None:
+        return ""
+    target = rules.buckets[choose_buckets(rules.buckets, np.asarray([winner]), np.asarray([loser]))[0]]
+    for side, size in (("winner", winner), ("loser", loser)):
+        scale = enlargement(size, target)
+        if scale > rules.max_enlargement:
+            limit = f"max_enlargement {rules.max_enlargement:g}"
+            return f"{side}: {size[0]}x{size[1]} to be enlarged {scale:.3g} times, {limit}"
+    return ""
 
 
 def _left_out(record: Record | Unusable, status: int, reason: str, detail: str) -> dict[str, Any]:

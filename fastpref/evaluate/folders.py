@@ -146,7 +146,7 @@ def _metadata(folder: Path) -> list[CaptionedFile]:
             raise UserError("the line is not JSON", where, str(error)) from None
         name = value.get("file_name") if isinstance(value, dict) else None
         caption = next((value[key] for key in _CAPTION_KEYS if value.get(key)), None) if name else None
-        if not isinstance(name, str) or caption_problem(caption) in ("caption is missing", "caption is empty"):
+        if not isinstance(name, str) or not isinstance(caption, str) or not caption_of(caption):
             raise UserError("no file_name or no caption", where, f"write file_name and {', '.join(_CAPTION_KEYS[:2])}")
         found.append(CaptionedFile(folder, name, _checked(caption, where)))
     if not found:

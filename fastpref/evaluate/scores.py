@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from fastpref.atomic import make_directory, write_bytes
-from fastpref.config import Config
+from fastpref.config import parse_config
 from fastpref.data.images import ImageError, load_rgb
 from fastpref.errors import UserError
 
@@ -242,7 +242,7 @@ def _score_all(scorer: Scorer, files: Mapping[Key, Path], keys: Sequence[Key], b
 
 def _read(file: Path) -> Image.Image:
     try:
-        return load_rgb(file.read_bytes(), Config().max_image_pixels)
+        return load_rgb(file.read_bytes(), parse_config({}).max_image_pixels)
     except (OSError, ImageError) as error:
         raise UserError("cannot read the picture", str(file), str(error)) from None
 

@@ -182,6 +182,19 @@ def test_other_codings_of_a_grey_picture_stay_within_their_rounding(mode, kind, 
     assert np.abs(pixels(data) - grey(GREY)).max() <= levels
 
 
+def test_ycck_is_read_as_adobe_writes_it():
+    """A CMYK JPEG whose Adobe marker says that C, M, Y were coded as YCC: taken back, then shown like any CMYK."""
+    stored = np.array([120, 100, 150, 200])  # as in the file, inverted
+    ink = Image.frombytes("CMYK", (16, 16), bytes(255 - stored.astype(np.uint8)) * 256)
+    data = bytearray(encoded(ink, "JPEG", quality=100))
+    at = data.index(b"Adobe") + 11
+    data[at] = 2
+    y, blue, red = stored[0], stored[1] - 128, stored[2] - 128
+    cmy = np.array([y + 1.402 * red, y - 0.344136 * blue - 0.714136 * red, y + 1.772 * blue])
+    wanted = (255 - cmy) * stored[3] / 255
+    assert np.abs(pixels(bytes(data)) - wanted).max() <= 3  # a coefficient, the matrix and the product, rounded
+
+
 def test_lab_is_shown_in_srgb():
     assert np.abs(pixels(_lab()) - grey(GREY)).max() <= 3
 

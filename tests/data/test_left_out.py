@@ -91,7 +91,11 @@ def test_a_picture_far_below_the_resolution_is_refused(buckets, size, refused, r
     assert (summary.pairs, summary.reasons) == ((2, {"image is too small": 1}) if refused else (3, {}))
     if refused:
         (entry,) = map(json.loads, (Path(summary.store) / "rejected.jsonl").read_text().splitlines())
-        assert entry["record"] == 1 and f"winner: {size[0]}x{size[1]} to be enlarged" in entry["detail"]
+        assert (
+            entry["record"] == 1
+            and entry["where"] == "records.parquet row 1"
+            and f"winner: {size[0]}x{size[1]} to be enlarged" in entry["detail"]
+        )
         other = recipe(parquet(made), **settings, max_enlargement=None, store=f"{summary.store}-all")
         assert prepare(other, progress=False).pairs == 3
 

@@ -231,6 +231,7 @@ def _records(world: World, folder: Path, name: str, what: str) -> Attempt:
                 raise Wrong("refused, and yet there is a store") from None
             raise
         counted = summary.pairs + summary.rejected + summary.ties_dropped + summary.unlabelled
+        counted += summary.identical_dropped
         if counted != summary.records:
             raise Wrong(f"{summary.records} records, {counted} accounted for")
         Store.open("store", verify=True)

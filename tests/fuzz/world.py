@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, features
 from safetensors.torch import load_file
 
 from fastpref.config import Config, load_config
@@ -167,17 +167,29 @@ def _pictures() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6
     frames = [Image.new("P", (16, 16), n) for n in range(3)]
+    # half the blue of sRGB: its pixels move
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    at = srgb.index(b"bXYZ")
+    start = int.from_bytes(srgb[at + 4 : at + 8], "big") + 8
+    profile = srgb[:start] + bytes(b // 2 for b in srgb[start : start + 12]) + srgb[start + 12 :]
     sixteen = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
     buffer = io.BytesIO()
     sixteen.save(buffer, "PNG")
+    deep = io.BytesIO()
+    sixteen.save(deep, "TIFF")
     modes = {"PNG": ("RGB", "RGBA", "P", "L", "LA", "1"), "JPEG": ("RGB", "L", "CMYK"), "WEBP": ("RGB", "RGBA")}
-    modes |= {"BMP": ("RGB", "P", "1"), "TIFF": ("RGB", "RGBA", "L", "CMYK", "F"), "GIF": ("P",)}
+    modes |= {"AVIF": ("RGB", "RGBA")} if features.check("avif") else {}
+    modes |= {"BMP": ("RGB", "P", "1"), "TIFF": ("RGB", "RGBA", "L", "CMYK", "LAB"), "GIF": ("P",)}
     found = {f"{kind} {mode}": picture(1, kind=kind, mode=mode) for kind, group in modes.items() for mode in group}
     return found | {
         "PNG I;16": buffer.getvalue(),
         "JPEG turned": picture(2, (24, 16), "JPEG", exif=exif),
         "PNG turned": picture(2, (24, 16), "PNG", exif=exif),
         "JPEG progressive": picture(3, (64, 48), "JPEG", progressive=True),
+        "TIFF I;16": deep.getvalue(),
+        "TIFF turned": picture(2, (24, 16), "TIFF", exif=exif),
+        "PNG profile": picture(2, kind="PNG", icc_profile=profile),
+        "JPEG profile": picture(2, kind="JPEG", icc_profile=profile),
         "TIFF deflate": picture(4, kind="TIFF", compression="tiff_adobe_deflate"),
         "TIFF lzw": picture(4, kind="TIFF", compression="tiff_lzw"),
         "GIF animated": picture(5, kind="GIF", mode="P", save_all=True, append_images=frames),
