@@ -30,7 +30,8 @@ from fastpref.models import public, single_file
 from fastpref.models.checkpoint import convert, expected_shapes, read_facts
 from fastpref.models.clip_tokenizer import write_tokenizer
 from fastpref.models.export import run_export
-from fastpref.models.loading import load_noise_schedule, model_family, resolve_model_dir
+from fastpref.models.loading import model_family, resolve_model_dir
+from fastpref.models.noise_schedule import ddim_settings, noise_schedule
 from fastpref.models.pipeline import load_pipeline
 from fastpref.models.weights import stored_dtype
 from fastpref.plan.report import make_plan
@@ -186,9 +187,7 @@ def test_the_schedule_is_what_the_file_or_the_key_says(
     tensors = {name: torch.zeros(0) for name in markers}
     checkpoint = _facts(tmp_path / "m.safetensors", family, tensors, metadata)
     config, said = single_file._scheduler(checkpoint, key)
-    (tmp_path / "scheduler").mkdir()
-    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    schedule = load_noise_schedule(tmp_path)
+    schedule = noise_schedule(ddim_settings(config, "the file"), "the file")
     assert schedule.prediction_type == kind and kind in said
     assert float(schedule.alphas_cumprod[-1]) == pytest.approx(0.00466 if last is None else last, abs=1e-5)
 
