@@ -195,7 +195,7 @@ def test_start_from_published_weights(sdxl_config: Callable[..., Config], train:
 
 
 def _wait_for_line(path: Path, count: int, process: subprocess.Popen[Any]) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while time.monotonic() < until and process.poll() is None:
         if path.exists() and len(path.read_text().splitlines()) >= count:
             return
