@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fastpref.objectives import PairRewards
 from fastpref.objectives.dpo import solve_dpo
 from fastpref.objectives.safeguard import safeguard_losers
+from fastpref.train.figures import won
 from fastpref_kernels import implicit_reward_parts
 
 MU = 0.9  # of Diffusion-SDPO's launcher for SD1.5
@@ -113,9 +114,8 @@ def ours(case: Case, safeguard: bool = False) -> Outcome:
         solution = safeguard_losers(solution, rewards, MU)
     assert solution.grad_l is not None
     (parts.reward * torch.cat([solution.grad_w, solution.grad_l])).sum().backward()
-    margin = reward[:n] - reward[n:]
     assert pred.grad is not None
-    return Outcome(solution.loss, pred.grad, (margin.sign() / 2 + 0.5).mean())
+    return Outcome(solution.loss, pred.grad, won(reward[:n], reward[n:]).mean())
 
 
 def exact(case: Case, safeguard: bool = False) -> Outcome:
