@@ -3,8 +3,9 @@
 For full fine-tuning in one process and one forward per step. What this changes:
 
 * gradients are clipped tensor by tensor, since the global norm is known only after the last update;
-* a backward whose objective is not finite is not run; a tensor whose gradient is not finite keeps its weights while
-  the others are updated, ``skipped_tensors`` counts it and the step counts as skipped;
+* an objective that is not finite updates nothing; a tensor whose gradient is not finite keeps its weights and its
+  optimizer state while the others are updated, ``skipped_tensors`` counts it and the step counts as skipped;
+* the device decides all of that, so the host need not wait for it: with fused AdamW it never does;
 * with ``pure_bf16`` the weights have no fp32 copy. Each tensor is widened for its update and rounded stochastically
   (Connolly, Higham, Mary 2021): up with the probability that makes the mean exact, so that updates far below
   half a unit in the last place add up instead of being lost.
@@ -12,7 +13,6 @@ For full fine-tuning in one process and one forward per step. What this changes:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -37,26 +37,37 @@ class BackwardEngine(LocalEngine):
         (whole,) = self.optimizer.param_groups
         self._groups: list[dict[str, Any]] = [{**whole, "params": [p]} for p in self.parameters]
         self.seed, self.pure_bf16 = config.seed, config.pure_bf16
-        self.skipped_tensors = 0
-        self._number, self._squares, self._whole = 0, 0.0, True
+        self.device = model.device
+        self._number = 0
+        self._sound = torch.ones((), dtype=torch.bool, device=self.device)  # this step's objectives
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._norms: list[torch.Tensor] = []
         for index, parameter in enumerate(self.parameters):
             parameter.register_post_accumulate_grad_hook(partial(self._update_tensor, index))
 
+    @property
+    def skipped_tensors(self) -> int:
+        """Updates that were left out because a tensor's gradient was not finite; waits for the device."""
+        return int(self._skipped)
+
     def begin(self, step: int, learning_rate: float) -> None:
-        self._number, self._squares, self._whole = step, 0.0, True
+        self._number, self._norms = step, []
+        self._sound = torch.ones((), dtype=torch.bool, device=self.device)
         for group in self._groups:
             group["lr"] = learning_rate
 
     def backward(self, objective: torch.Tensor) -> None:
-        if bool(torch.isfinite(objective)):
-            objective.backward()
-        else:
-            self._whole = False
+        self._sound = self._sound & torch.isfinite(objective.detach())
+        objective.backward()
 
     def launch(self, learning_rate: float, loss: torch.Tensor) -> torch.Tensor:
         if self.ema:
-            self._update_ema(torch.ones((), dtype=torch.bool, device=self.ema[0].device))
-        return torch.tensor(math.sqrt(self._squares) if self._whole else math.nan, dtype=torch.float64)
+            self._update_ema(self._sound)
+        if not self._norms:
+            return torch.where(self._sound, 0.0, torch.nan).double()
+        norms = torch.stack(self._norms).double()
+        whole = self._sound & torch.isfinite(norms).all()
+        return torch.where(whole, torch.linalg.vector_norm(norms), torch.nan)
 
     def state(self) -> tuple[State, dict[str, Any]]:
         tensors, values = super().state()
@@ -64,36 +75,35 @@ class BackwardEngine(LocalEngine):
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], values: dict[str, Any]) -> None:
         super().load_state(tensors, values)
-        self.skipped_tensors = values["skipped_tensors"]
+        self._skipped.fill_(values["skipped_tensors"])
 
     @torch.no_grad()
     def _update_tensor(self, index: int, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         wide = torch.promote_types(parameter.dtype, torch.float32)
-        norm = float(torch.linalg.vector_norm(parameter.grad, dtype=wide))
-        if not math.isfinite(norm):
-            self._whole, parameter.grad = False, None
-            self.skipped_tensors += 1
-            return
-        self._squares += norm * norm
-        if self.max_grad_norm is not None and norm > self.max_grad_norm:
-            parameter.grad.mul_(self.max_grad_norm / norm)
-        if self.pure_bf16:
-            self._step_widened(index, parameter)
-        else:
-            self._step_alone(index)
-        parameter.grad = None
-
-    def _step_widened(self, index: int, parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        narrow, gradient = parameter.data, parameter.grad.float()
-        parameter.grad = None
-        parameter.data = narrow.float()
+        gradient, parameter.grad = parameter.grad.to(wide), None
+        norm = torch.linalg.vector_norm(gradient)
+        bad = ~torch.isfinite(norm)
+        self._norms.append(norm)
+        self._skipped += bad & self._sound
+        if self.max_grad_norm is not None:
+            gradient.mul_((self.max_grad_norm / norm.double()).clamp(max=1.0).to(wide))
+        narrow = parameter.data
+        parameter.data = narrow.to(wide)
         parameter.grad = gradient
-        self._step_alone(index)
+        self._step_unless(bad | ~self._sound, index)
         exact, parameter.grad = parameter.data, None
-        parameter.data = narrow
-        narrow.copy_(round_to_bf16(exact, self._key(index)))
+        if self.pure_bf16:
+            parameter.data = narrow
+            narrow.copy_(round_to_bf16(exact, self._key(index)))
+
+    def _step_unless(self, bad: torch.Tensor, index: int) -> None:
+        """Update one tensor, or leave it and its state as they are."""
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
+        elif bool(bad):  # Adafactor and bitsandbytes, which wait for the device at every tensor themselves
+            return
+        self._step_alone(index)
 
     def _step_alone(self, index: int) -> None:
         whole, self.optimizer.param_groups = self.optimizer.param_groups, [self._groups[index]]

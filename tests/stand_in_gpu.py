@@ -1,0 +1,284 @@
+"""A GPU for machines without one: tensors that say ``cuda:0``, are computed on the CPU and don't mix with its tensors.
+
+What a GPU would refuse raises (:class:`MixedDevices`): tensors of two devices in one op, but for a CPU scalar in
+pointwise arithmetic and an upload; a generator of the other device. What would make the host wait for a GPU is counted
+(:attr:`StandInGpu.waits`): values read into Python, sizes that depend on values, copies that do not return at once.
+torch's own FakeTensorMode does neither here: it stacks scalars of two devices, has no values to go on with, and a CPU
+build of torch aborts when it builds a graph of its cuda tensors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack, nullcontext
+from types import SimpleNamespace
+from typing import Any, ClassVar
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+_CARRIER = torch.device("meta")  # what autograd sees: a CPU build of torch cannot run it for cuda
+# Of torch's autocast for cuda, which looks at the carrier's device, what these models need.
+_HALVED = ("mm", "addmm", "mv", "addmv", "bmm", "baddbmm", "convolution", "convolution_backward")
+_WIDENED = ("native_layer_norm", "native_group_norm", "_softmax", "_log_softmax", "pow", "linalg_vector_norm", "sum")
+_READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique2", "bincount", "is_nonzero")
+_COPIES = ("_to_copy", "copy_", "_foreach_copy_")
+_INDEXED = ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_")
+_FOREACH_SCALARS = ("_foreach_add_", "_foreach_mul_", "_foreach_div_")
+_OVERRIDES = ("_cuda", "_CUDA")
+
+
+class MixedDevices(RuntimeError):
+    """An op met tensors of the GPU and of the CPU."""
+
+
+class GpuTensor(torch.Tensor):
+    """Says that it is on the GPU; ``inner``, on the CPU, holds its values."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor, requires_grad: bool | None = None) -> GpuTensor:
+        """``requires_grad``: accelerate takes the class of a parameter for that of torch and calls it like that."""
+        inner = _inner(inner)
+        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=_CARRIER,
+        )
+        made.inner = inner.detach()
+        if requires_grad is not None:
+            made._is_param = True
+            made.requires_grad_(requires_grad)
+        return made  # type: ignore[no-any-return]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = property(lambda _: CUDA)  # type: ignore[assignment]
+    is_cuda = property(lambda _: True)  # type: ignore[assignment]
+    is_meta = property(lambda _: False)  # type: ignore[assignment]
+
+    def get_device(self) -> int:
+        return 0
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if not isinstance(value, GpuTensor):
+            raise MixedDevices("the data of a tensor of the GPU is set to a tensor of the CPU")
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.inner = value.inner
+
+    def __repr__(self, **_: Any) -> str:
+        return f"GpuTensor({self.inner})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:  # modules then move by exchanging their parameters
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, torch.Tensor], *_: Any) -> GpuTensor:
+        return GpuTensor(parts["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _computed(func, args, dict(kwargs or {}), Counter())
+
+
+class _Generator(torch.Generator):
+    """Remembers the device it was made for."""
+
+    kinds: ClassVar[dict[int, str]] = {}  # by address: an op gets a Python object of its own for it
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        made = super().__new__(cls, "cpu")
+        cls.kinds[made._cdata] = torch.device(device).type
+        return made
+
+
+class _Event:
+    """Of a GPU that is always done."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.recorded = False
+
+    def record(self, *_: Any) -> None:
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        assert self.recorded, "an event is waited for that nobody recorded"
+
+    def query(self) -> bool:
+        return self.recorded
+
+    def elapsed_time(self, _: _Event) -> float:
+        return 0.0
+
+
+class _Stream:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, *_: Any) -> None: ...
+
+    def wait_event(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class StandInGpu(TorchDispatchMode):
+    """Inside, ``torch.device("cuda", 0)`` is there; ``waits`` counts by op what a real one would keep the host for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> StandInGpu:
+        stack = self._stack
+        stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes its values on the CPU, then moves them
+        stream = _Stream()
+        replaced = {
+            "is_available": lambda: True,
+            "_lazy_init": lambda: None,
+            "is_current_stream_capturing": lambda: False,
+            "current_stream": lambda *_: stream,
+            "stream": lambda *_: nullcontext(),
+            "synchronize": lambda *_: None,
+            "max_memory_allocated": lambda *_: 0,
+            "device_count": lambda: 1,
+            "current_device": lambda: 0,
+            "set_device": lambda *_: None,
+            "get_device_properties": lambda *_: SimpleNamespace(total_memory=1 << 37, name="stand-in"),
+            "get_device_capability": lambda *_: (9, 0),
+            "mem_get_info": lambda *_: (1 << 36, 1 << 37),
+            "is_bf16_supported": lambda *_: True,
+            "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
+            "set_rng_state": lambda *_: None,
+            "empty_cache": lambda: None,
+            "Event": _Event,
+            "Stream": _Stream,
+        }
+        for name, value in replaced.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
+        methods = {
+            "record_stream": lambda *_: None,
+            "pin_memory": _pinned,
+            "is_pinned": lambda tensor, *_: hasattr(tensor, "stand_in_pinned"),
+        }
+        for name, value in methods.items():  # other threads, where the mode is off, pin too
+            stack.enter_context(mock.patch.object(torch.Tensor, name, value))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *found: Any) -> None:
+        super().__exit__(*found)
+        self._stack.close()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _computed(func, args, dict(kwargs or {}), self.waits)
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, GpuTensor)
+
+
+def _computed(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str]) -> Any:
+    name = func._schema.name.removeprefix("aten::")
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    wrappers = {id(x.inner): x for x in given if isinstance(x, GpuTensor)}
+    _refuse_mixtures(func, name, given)
+    target = kwargs.get("device")
+    there = bool(wrappers) if target is None else torch.device(target).type in ("cuda", "meta")
+    generator = kwargs.get("generator")
+    if generator is not None and _Generator.kinds.get(generator._cdata, "cpu") != ("cuda" if there else "cpu"):
+        raise MixedDevices(f"{func}: the generator is of the other device")
+    _count_waits(name, given, there, kwargs, args, waits)
+    if name == "_fused_sdp_choice":
+        return 0  # the composite of plain ops: the fused ones differ by device
+    if target is not None:
+        kwargs["device"] = CPU
+    if "pin_memory" in kwargs:
+        kwargs["pin_memory"] = False
+    inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
+    if wrappers:
+        inner_args = _autocast(name, inner_args)
+    if name == "_to_copy" and target is not None:
+        inner_kwargs["memory_format"] = inner_kwargs.get("memory_format") or torch.preserve_format
+    found = func(*inner_args, **inner_kwargs)
+    if name == "_to_copy" and isinstance(found, torch.Tensor) and found is inner_args[0]:
+        found = found.clone()
+
+    def outer(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) in wrappers:
+            same = wrappers[id(value)]
+            assert same.shape == value.shape, f"{func} changes the shape in place, which the stand-in cannot"
+            return same
+        return GpuTensor(value) if there else value
+
+    return tree_map(outer, found)
+
+
+def _autocast(name: str, args: Any) -> Any:
+    """Arguments in the dtype autocast gives them. A backward, where it is off, meets what the forward made."""
+    floats = [x.dtype for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    wanted = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    if name in _HALVED:
+        halves = [dtype for dtype in floats if dtype.itemsize == 2]
+        to = halves[0] if wanted is None and halves else wanted
+    else:
+        to = torch.float32 if wanted is not None and name in _WIDENED else None
+    if to is None or torch.float64 in floats:
+        return args
+    return tree_map(lambda x: x.to(to) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, args)
+
+
+def _inner(value: Any) -> Any:
+    return value.inner if isinstance(value, GpuTensor) else value
+
+
+def _refuse_mixtures(func: Any, name: str, given: list[torch.Tensor]) -> None:
+    host = [x for x in given if not isinstance(x, GpuTensor)]
+    if not host or len(host) == len(given) or name in _COPIES:
+        return
+    if name in _INDEXED and isinstance(given[0], GpuTensor):
+        return  # indices may lie on the CPU
+    scalars = all(x.ndim == 0 for x in host)
+    if scalars and (torch.Tag.pointwise in func.tags or name in _FOREACH_SCALARS):
+        return
+    shapes = [(str(x.device), tuple(x.shape)) for x in given]
+    raise MixedDevices(f"{func} of tensors of two devices: {shapes}")
+
+
+def _count_waits(
+    name: str, given: list[torch.Tensor], there: bool, kwargs: dict[str, Any], args: Any, waits: Counter[str]
+) -> None:
+    devices = {isinstance(x, GpuTensor) for x in given}
+    if name in _READS and True in devices:
+        waits[name] += 1
+    elif name in _INDEXED and any(x is not None and x.dtype == torch.bool and on_gpu(x) for x in args[1]):
+        waits[f"{name} by a mask"] += 1
+    elif name in _INDEXED and devices == {True, False}:
+        waits[f"{name} with indices of the CPU"] += 1
+    elif name == "_to_copy" and given and on_gpu(given[0]) != there and not kwargs.get("non_blocking"):
+        waits["upload" if there else "download"] += 1
+    elif name == "copy_" and devices == {True, False} and not (kwargs.get("non_blocking") or args[2:3] == (True,)):
+        waits["upload" if on_gpu(args[0]) else "download"] += 1
+
+
+def _pinned(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
+    if isinstance(tensor, GpuTensor):
+        raise MixedDevices("only tensors of the CPU can be pinned")
+    made = tensor.clone()
+    made.stand_in_pinned = True  # type: ignore[attr-defined]
+    return made
