@@ -9,8 +9,10 @@ build of torch aborts when it builds a graph of its cuda tensors.
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest import mock
@@ -20,15 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-_CARRIER = torch.device("meta")  # what autograd sees: a CPU build of torch cannot run it for cuda
-# Of torch's autocast for cuda, which looks at the carrier's device, what these models need.
+# What autograd sees, which a CPU build of torch cannot run for cuda. The number tells it from meta tensors proper.
+_CARRIER = torch.device("meta", 1)
+# Of autocast, which torch decides by the carrier: what becomes half. Norms stay in the dtype they get.
 _HALVED = ("mm", "addmm", "mv", "addmv", "bmm", "baddbmm", "convolution", "convolution_backward")
-_WIDENED = ("native_layer_norm", "native_group_norm", "_softmax", "_log_softmax", "pow", "linalg_vector_norm", "sum")
 _READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique2", "bincount", "is_nonzero")
 _COPIES = ("_to_copy", "copy_", "_foreach_copy_")
 _INDEXED = ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_")
 _FOREACH_SCALARS = ("_foreach_add_", "_foreach_mul_", "_foreach_div_")
-_OVERRIDES = ("_cuda", "_CUDA")
 
 
 class MixedDevices(RuntimeError):
@@ -66,6 +67,9 @@ class GpuTensor(torch.Tensor):
     def get_device(self) -> int:
         return 0
 
+    def new_tensor(self, data: Any, dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:
+        return torch.tensor(data, dtype=dtype or self.dtype, device=CUDA)  # torch's own would be on the carrier
+
     @property
     def data(self) -> torch.Tensor:
         return self.detach()
@@ -101,6 +105,22 @@ class _Generator(torch.Generator):
         made = super().__new__(cls, "cpu")
         cls.kinds[made._cdata] = torch.device(device).type
         return made
+
+
+class _Autocast(torch.autocast):
+    """Remembers what it was entered with, for torch hides that from what is below it."""
+
+    dtypes: ClassVar[list[torch.dtype | None]] = []
+
+    def __enter__(self) -> Any:
+        if self.device == "cuda":
+            self.dtypes.append(self.fast_dtype if self._enabled else None)
+        return super().__enter__()
+
+    def __exit__(self, *found: Any) -> Any:
+        if self.device == "cuda":
+            self.dtypes.pop()
+        return super().__exit__(*found)
 
 
 class _Event:
@@ -169,7 +189,9 @@ class StandInGpu(TorchDispatchMode):
         for name, value in replaced.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
+        stack.enter_context(mock.patch.object(torch, "autocast", _Autocast))
         methods = {
+            "to": _indexed(torch.Tensor.to),
             "record_stream": lambda *_: None,
             "pin_memory": _pinned,
             "is_pinned": lambda tensor, *_: hasattr(tensor, "stand_in_pinned"),
@@ -197,22 +219,21 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str])
     wrappers = {id(x.inner): x for x in given if isinstance(x, GpuTensor)}
     _refuse_mixtures(func, name, given)
     target = kwargs.get("device")
-    there = bool(wrappers) if target is None else torch.device(target).type in ("cuda", "meta")
+    target = target and torch.device(target)
+    there = bool(wrappers) if target is None else target.type == "cuda" or target == _CARRIER
     generator = kwargs.get("generator")
     if generator is not None and _Generator.kinds.get(generator._cdata, "cpu") != ("cuda" if there else "cpu"):
         raise MixedDevices(f"{func}: the generator is of the other device")
     _count_waits(name, given, there, kwargs, args, waits)
     if name == "_fused_sdp_choice":
         return 0  # the composite of plain ops: the fused ones differ by device
-    if target is not None:
+    if target is not None and there:
         kwargs["device"] = CPU
     if "pin_memory" in kwargs:
         kwargs["pin_memory"] = False
     inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
     if wrappers:
         inner_args = _autocast(name, inner_args)
-    if name == "_to_copy" and target is not None:
-        inner_kwargs["memory_format"] = inner_kwargs.get("memory_format") or torch.preserve_format
     found = func(*inner_args, **inner_kwargs)
     if name == "_to_copy" and isinstance(found, torch.Tensor) and found is inner_args[0]:
         found = found.clone()
@@ -232,13 +253,10 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str])
 def _autocast(name: str, args: Any) -> Any:
     """Arguments in the dtype autocast gives them. A backward, where it is off, meets what the forward made."""
     floats = [x.dtype for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    wanted = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    if name in _HALVED:
-        halves = [dtype for dtype in floats if dtype.itemsize == 2]
-        to = halves[0] if wanted is None and halves else wanted
-    else:
-        to = torch.float32 if wanted is not None and name in _WIDENED else None
-    if to is None or torch.float64 in floats:
+    wanted = _Autocast.dtypes[-1] if _Autocast.dtypes else None
+    halves = [dtype for dtype in floats if dtype.itemsize == 2]
+    to = wanted or next(iter(halves), None)
+    if name not in _HALVED or to is None or torch.float64 in floats:
         return args
     return tree_map(lambda x: x.to(to) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, args)
 
@@ -265,15 +283,31 @@ def _count_waits(
 ) -> None:
     devices = {isinstance(x, GpuTensor) for x in given}
     if name in _READS and True in devices:
-        waits[name] += 1
+        waits[f"{name}, {_place()}"] += 1
     elif name in _INDEXED and any(x is not None and x.dtype == torch.bool and on_gpu(x) for x in args[1]):
-        waits[f"{name} by a mask"] += 1
+        waits[f"{name} by a mask, {_place()}"] += 1
     elif name in _INDEXED and devices == {True, False}:
-        waits[f"{name} with indices of the CPU"] += 1
+        waits[f"{name} with indices of the CPU, {_place()}"] += 1
     elif name == "_to_copy" and given and on_gpu(given[0]) != there and not kwargs.get("non_blocking"):
-        waits["upload" if there else "download"] += 1
+        waits[f"{'upload' if there else 'download'}, {_place()}"] += 1
     elif name == "copy_" and devices == {True, False} and not (kwargs.get("non_blocking") or args[2:3] == (True,)):
-        waits["upload" if on_gpu(args[0]) else "download"] += 1
+        waits[f"{'upload' if on_gpu(args[0]) else 'download'}, {_place()}"] += 1
+
+
+def _place() -> str:
+    """The line of ours that waits."""
+    frames = [frame for frame in traceback.extract_stack() if "/fastpref" in frame.filename]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].line}" if frames else "elsewhere"
+
+
+def _indexed(to: Any) -> Any:
+    """``Tensor.to`` that takes ``cuda`` for the only GPU: torch would ask a library that isn't there which is in use."""
+    plain = torch.device("cuda")
+
+    def chosen(value: Any) -> Any:
+        return CUDA if value == "cuda" or (isinstance(value, torch.device) and value == plain) else value
+
+    return lambda *args, **kwargs: to(*map(chosen, args), **{key: chosen(value) for key, value in kwargs.items()})
 
 
 def _pinned(tensor: torch.Tensor, *_: Any) -> torch.Tensor:

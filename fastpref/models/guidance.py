@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from fastpref.memory import moved
 from fastpref.models.loading import _read_json, model_family
 from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.policy import Conditioning
@@ -69,7 +70,7 @@ def with_empty(conditioning: Conditioning, empty: Conditioning) -> Conditioning:
     rows = len(conditioning.prompt_embeds)
 
     def joined(one: torch.Tensor, many: torch.Tensor) -> torch.Tensor:
-        return torch.cat([one.to(many).expand(rows, *one.shape[1:]), many])
+        return torch.cat([moved(one, many.device).to(many.dtype).expand(rows, *one.shape[1:]), many])
 
     pooled, time_ids = conditioning.pooled_prompt_embeds, conditioning.time_ids
     if pooled is not None:
@@ -99,7 +100,7 @@ def predicted_x0(
     prediction: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor, schedule: NoiseSchedule
 ) -> torch.Tensor:
     """x̂0 of ``noisy`` (N, C, H, W): ``(x_t - √(1-ᾱ)·ε) / √ᾱ``, or ``√ᾱ·x_t - √(1-ᾱ)·v`` (arXiv 2202.00512)."""
-    alpha = schedule.alphas_cumprod.to(noisy.device)[timesteps].view(-1, 1, 1, 1)
+    alpha = moved(schedule.alphas_cumprod, noisy.device)[timesteps].view(-1, 1, 1, 1)
     signal, noise = alpha.sqrt().to(noisy.dtype), (1 - alpha).sqrt().to(noisy.dtype)
     if schedule.prediction_type == "epsilon":
         return (noisy - noise * prediction) / signal

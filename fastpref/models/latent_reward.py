@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastpref.memory import moved
 from fastpref.models.guidance import with_empty
 from fastpref.models.policy import Conditioning
 
@@ -156,7 +157,7 @@ def text_rows(conditioning: Conditioning, captions: Sequence[str], tokenizer: An
     )
     ends = (tokens.input_ids == tokenizer.eos_token_id).int().argmax(dim=1)  # padding may be the same token
     embeds = conditioning.prompt_embeds
-    return embeds[torch.arange(len(embeds), device=embeds.device), ends.to(embeds.device)]
+    return embeds[torch.arange(len(embeds), device=embeds.device), moved(ends, embeds.device)]
 
 
 def _call(block: Any, hidden: Tensor, embedded: Tensor, text: Tensor) -> Any:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fastpref.memory import moved
+
 FREQUENCIES = 256
 _PERIOD = 10_000.0
 _INIT_STD = 0.02
@@ -42,8 +44,12 @@ class Preprocess:
             images = F.interpolate(images, size=new, mode="bicubic", align_corners=False)
         top, left = (round((side - self.size) / 2) for side in new)
         images = images[..., top : top + self.size, left : left + self.size]
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (self._of_channels(values, images) for values in (self.mean, self.std))
         return ((images / 2 + 0.5).clamp(0, 1) - mean) / std
+
+    @staticmethod
+    def _of_channels(values: tuple[float, ...], images: Tensor) -> Tensor:
+        return moved(torch.tensor(values, dtype=images.dtype), images.device)[:, None, None]
 
 
 class ClipScorer(nn.Module):
@@ -70,7 +76,7 @@ class ClipScorer(nn.Module):
             list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         # No padding mask: the text tower is causal and is read at the end of the caption.
-        pooled = self.clip.text_model(input_ids=tokens.input_ids.to(self.device)).pooler_output
+        pooled = self.clip.text_model(input_ids=moved(tokens.input_ids, self.device)).pooler_output
         return _unit(self.clip.text_projection(pooled))
 
     def embed_images(self, images: Tensor, timesteps: Tensor) -> Tensor:
@@ -151,7 +157,7 @@ class StepPreferenceModel(ClipScorer):
         return FoldedPreferenceModel(self, timesteps, resident)
 
     def _condition(self, timesteps: Tensor) -> Tensor:
-        return F.silu(self.time_mlp(timestep_features(timesteps.to(self.device)).to(self.dtype)))
+        return F.silu(self.time_mlp(timestep_features(moved(timesteps, self.device)).to(self.dtype)))
 
 
 class FoldedPreferenceModel(ClipScorer):
@@ -182,7 +188,7 @@ class FoldedPreferenceModel(ClipScorer):
         """As :meth:`StepPreferenceModel.embed_images`; ValueError for a timestep that is not folded."""
         pixels, rows = self._pixels(images), None
         for timestep in timesteps.unique().tolist():
-            chosen = (timesteps == timestep).nonzero().flatten().to(self.device)
+            chosen = moved((timesteps == timestep).nonzero().flatten(), self.device)
             weights = self.vision_weights(timestep)
             output = torch.func.functional_call(self.clip.vision_model, weights, (pixels[chosen],))
             part = _unit(self.clip.visual_projection(output.pooler_output))

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpref.memory import moved
 from fastpref.models.guidance import GuidedRows, Predict
 from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.policy import Conditioning
@@ -124,7 +125,7 @@ def roll_out(
     k, device = sampler.candidates, conditioning.prompt_embeds.device
     one = GuidedRows(predict, conditioning, empty, sampler.guidance_scale)
     many = GuidedRows(predict, _repeat(conditioning, k), empty, sampler.guidance_scale)
-    alphas = sampler.schedule.alphas_cumprod.to(device)
+    alphas = moved(sampler.schedule.alphas_cumprod, device)
 
     def predicted(rows: GuidedRows, x: Tensor, t: int) -> Prediction:
         breathe()
@@ -145,9 +146,9 @@ def roll_out(
 
     def noise(index: int) -> Tensor:  # (N, K)
         draws = [derive_keys(sampler.seed, epoch, ids, index * k + j, "candidate") for j in range(k)]
-        return torch.stack(draws, dim=1).to(device)
+        return moved(torch.stack(draws, dim=1), device)
 
-    x = keyed_noise(derive_keys(sampler.seed, epoch, ids, 0, "init").to(device), shape, dtype)
+    x = keyed_noise(moved(derive_keys(sampler.seed, epoch, ids, 0, "init"), device), shape, dtype)
     for index in range(sampler.plain_steps):
         x = stepped(x, predicted(one, x, sampler.steps[index].t), noise(index)[:, :1], index)[:, 0]
     prediction: Prediction | None = None
@@ -157,7 +158,7 @@ def roll_out(
         for index in range(first + 1, first + sampler.inner_steps + 1):
             inner = predicted(many, states[-1], sampler.steps[index].t)
             states.append(stepped(states[-1], inner, noise(index).flatten()[:, None], index)[:, 0])
-        chosen = _choice(sampler, epoch, ids, first).to(device)
+        chosen = moved(_choice(sampler, epoch, ids, first), device)
         rows = torch.arange(len(ids), device=device) * k + chosen
         x0, prediction = (states[-1], None) if t == 0 else (None, None)
         if t and needs_x0:

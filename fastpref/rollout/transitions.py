@@ -34,8 +34,12 @@ class Transitions:
         return len(self.step)
 
     def rows(self, index: Tensor | slice) -> Transitions:
-        """Those rows."""
-        return Transitions(*(getattr(self, field.name)[index] for field in fields(self)))
+        """Those rows; an index on the CPU also finds those on a GPU without waiting for it."""
+
+        def cut(values: Tensor) -> Tensor:
+            return values[index if isinstance(index, slice) else moved(index, values.device)]
+
+        return Transitions(*(cut(getattr(self, field.name)) for field in fields(self)))
 
     def to(self, device: torch.device) -> Transitions:
         return Transitions(*(moved(getattr(self, field.name), device) for field in fields(self)))
@@ -91,8 +95,8 @@ def transitions_of(pool: Pool, selection: Selection, ids: Tensor) -> Transitions
     """Those of the kept pairs, ``inner_steps + 1`` a pair; ``ids`` (N,) of the pool's prompts."""
     rows = selection.kept.nonzero().flatten()
     device = pool.start.device
-    at = rows.to(device)
-    win, lose = (pool.paths[at, side[rows].to(device)] for side in (selection.winner, selection.loser))
+    at = moved(rows, device)
+    win, lose = (pool.paths[at, moved(side[rows], device)] for side in (selection.winner, selection.loser))
     start = pool.start[at][:, None]
     length = win.shape[1]
     first = torch.arange(length) == 0

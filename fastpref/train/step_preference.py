@@ -166,7 +166,7 @@ class PreferenceTrainer(Trainer):
             batch, captions = self.batches.build(plan, rows, stored), store.captions(plan.indices[rows])
             with phase("policy forward"):
                 winner, loser = self._scores(batch, captions)
-            label = self._labels(plan, rows, batch).to(winner)
+            label = moved(self._labels(plan, rows, batch).to(winner.dtype), winner.device)
             with phase("loss"):
                 weighted = moved(weights[rows].to(winner.dtype), winner.device)
                 weighted = weighted * preference_cross_entropy(winner, loser, label)
@@ -214,7 +214,7 @@ class StepPreferenceTrainer(PreferenceTrainer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._first_scale = self.model.clip.logit_scale.detach().exp().double()
+        self._first_scale = self.model.clip.logit_scale.detach().exp().double().cpu()
 
     def export(self, run_dir: Path) -> None:
         """The folder ``step_preference_model/``."""
@@ -237,7 +237,7 @@ class StepPreferenceTrainer(PreferenceTrainer):
         if self.config.relabel is None:
             return super()._labels(plan, rows, batch)
         clip = self.batches.store.clip_batch(plan.indices[rows])
-        gap = self._first_scale.cpu() * ((clip.image_w - clip.image_l).double() * clip.text.double()).sum(dim=1)
+        gap = self._first_scale * ((clip.image_w - clip.image_l).double() * clip.text.double()).sum(dim=1)
         surplus = torch.tanh(gap / 2)  # p_w - p_l of a softmax over the two scores
         return 0.5 + 0.5 * torch.sign(surplus) * (surplus.abs() > self.config.relabel)
 

@@ -34,7 +34,7 @@ class TransitionObjective:
     def loss(self, part: Transitions) -> tuple[Tensor, Tensor]:
         """(mean loss with its graph, (2, m) likelihood ratios of win and lose before clipping) of m transitions.
 
-        ``part`` is on the CPU, where it is looked up without waiting for the device.
+        What ``part`` is looked up by (shared, step, prompt) is on the CPU, where nobody waits for the device.
         """
         shared, apart = part.shared.nonzero().flatten(), (~part.shared).nonzero().flatten()
         order, together, aside = torch.cat([shared, apart]), slice(0, len(shared)), slice(len(shared), None)
