@@ -301,7 +301,7 @@ def _place() -> str:
 
 
 def _indexed(to: Any) -> Any:
-    """``Tensor.to`` that takes ``cuda`` for the only GPU: torch would ask a library that isn't there which is in use."""
+    """``Tensor.to`` that takes ``cuda`` for the only GPU: torch would ask its library, which isn't there, for one."""
     plain = torch.device("cuda")
 
     def chosen(value: Any) -> Any:

@@ -10,14 +10,16 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from fastpref.config import Config
 from fastpref.train.deepspeed_config import derive, read_settings
-from fastpref.train.deepspeed_runtime import LossScale, adapted, import_deepspeed
+from fastpref.train.deepspeed_runtime import LossScale, adapted, import_deepspeed, uncounted
 from fastpref.train.engine import Piece, State, optimizer_entries
+from fastpref.train.loss_scale import bearable_scale, searches
 from fastpref.train.optim import build_optimizer
 from fastpref.train.world import World
 
@@ -74,6 +76,8 @@ class ShardedEngine:
             self._keep_whole(getattr(model, "read_from_outside", ()))
         self.fragments = list(self._fragments())
         self.scale = LossScale(config.precision == "fp16")
+        self._searching = searches(config)  # for a loss scale, until the first update
+        self._mixed = False  # gradients of two scales were added up
         self.pending = self.dropping = False
         self.ema_decay = config.ema_decay
         self.ema = [f.of(self._flat(f)).clone() for f in self.fragments] if config.ema_decay else []
@@ -86,12 +90,26 @@ class ShardedEngine:
         pass
 
     def backward(self, objective: torch.Tensor) -> None:
+        if self._searching:
+            self._lower_scale(objective)
         self.pending = True
         self.zero.clear_backward_seen_flag()  # counts the backward, which DeepSpeed does in the next forward
         self.zero.loss_scaler.cur_scale = self.scale.value
         self.runtime.backward(objective * self.world.size, scale_wrt_gas=False)  # DeepSpeed averages over ranks
 
+    def _lower_scale(self, objective: torch.Tensor) -> None:
+        """To what the objective bears. What ZeRO has added up by then cannot be scaled again: the step is skipped."""
+        before = self.scale.value
+        parameters, around = list(self.trainable.values()), partial(uncounted, self.runtime.module)
+        scale = bearable_scale(objective * self.world.size, parameters, before, self.world, around)
+        if scale != before:
+            self.scale.value, self._mixed = scale, self.pending
+
     def step(self, learning_rate: float) -> float | None:
+        if self._mixed:
+            self._mixed = False
+            self.discard()
+            return None
         for group in self.zero.param_groups:
             group["lr"] = learning_rate
         self.pending = False
@@ -100,6 +118,7 @@ class ShardedEngine:
         self.scale.update(applied)
         if not applied:
             return None
+        self._searching = False
         self._update_ema()
         return float(self.runtime.get_global_grad_norm())
 
@@ -145,6 +164,7 @@ class ShardedEngine:
         else:
             self._load_fixed(tensors)
         self.scale.load(values["scaler"])
+        self._searching = self._searching and not values["scaler"]
         self._publish()
 
     @contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import distributed as dist
 
 from fastpref.errors import UserError
+from fastpref.train.loss_scale import FIRST_SCALE
 
 _GROWTH_INTERVAL = 2000
 
@@ -24,7 +25,7 @@ class LossScale:
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
-        self.value, self.good = (65536.0, 0) if enabled else (1.0, 0)
+        self.value, self.good = (FIRST_SCALE, 0) if enabled else (1.0, 0)
 
     def update(self, finite: bool) -> None:
         if not self.enabled:
@@ -90,6 +91,8 @@ def adapted(timeout: float, *, double: bool) -> Iterator[None]:
             (ZeROOptimizer, "_configure_master_weights", lambda *_, **__: torch.float64),
             (DeepSpeedEngine, "get_data_types", lambda _: (torch.float64, torch.float64)),
             (DeepSpeedEngine, "communication_data_type", torch.float64),
+            # checked where the processor or GPU has fp16, and never used
+            (Init, "_set_dtype", lambda init, *_: setattr(init, "dtype", torch.float32)),
         ]
     with ExitStack() as stack:
         for owner, name, value in replaced:
@@ -101,3 +104,13 @@ def _broadcast(module: torch.nn.Module) -> None:
     """Every rank gets rank 0's parameters, bit for bit."""
     for parameter in module.parameters():
         dist.broadcast(torch.atleast_1d(parameter.data).view(torch.uint8), 0)
+
+
+@contextmanager
+def uncounted(module: torch.nn.Module) -> Iterator[None]:
+    """A backward inside does not count as that of the forward before: under ZeRO-3 the next one gathers weights again."""
+    names = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
+    before = [(part, {name: vars(part)[name] for name in names if name in vars(part)}) for part in module.modules()]
+    yield
+    for part, counts in before:
+        vars(part).update(counts)

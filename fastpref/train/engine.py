@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from fastpref.config import Config
+from fastpref.train.loss_scale import FIRST_SCALE, bearable_scale, searches
 from fastpref.train.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fastpref.train.world import World
 
@@ -116,7 +117,10 @@ class LocalEngine:
         self.names = list(model.trainable)
         self.optimizer = build_optimizer(config, self.parameters)
         self.max_grad_norm = config.max_grad_norm
-        self.scaler = torch.amp.GradScaler(model.device.type, enabled=config.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(
+            model.device.type, init_scale=FIRST_SCALE, enabled=config.precision == "fp16"
+        )
+        self._searching = searches(config)  # for a loss scale, until the first update
         self.ema_decay = config.ema_decay
         self.ema = [p.detach().clone() for p in self.parameters] if config.ema_decay else []
 
@@ -128,7 +132,19 @@ class LocalEngine:
         pass
 
     def backward(self, objective: torch.Tensor) -> None:
+        if self._searching:
+            self._lower_scale(objective)
         self.scaler.scale(objective).backward()
+
+    def _lower_scale(self, objective: torch.Tensor) -> None:
+        """To what the objective bears, also for the gradients that are there already."""
+        before = self.scaler.get_scale()
+        scale = bearable_scale(objective, self.parameters, before, self.world)
+        if scale != before:
+            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": scale})
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale / before)  # a power of two
 
     def step(self, learning_rate: float) -> float | None:
         norm = float(self.launch(learning_rate, torch.zeros((), device=self.parameters[0].device)))
@@ -145,6 +161,7 @@ class LocalEngine:
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         self._update(finite)
         self.scaler.update()
+        self._searching = self._searching and not bool(finite)
         self.discard()
         if self.ema:
             self._update_ema(finite)
@@ -193,6 +210,7 @@ class LocalEngine:
                 average.copy_(tensors[f"ema.{name}"])
         if values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])
+            self._searching = False
 
     @contextmanager
     def whole(self) -> Iterator[None]:

@@ -104,8 +104,8 @@ def _cut(source: Path, run_dir: Path) -> None:
         shutil.copyfile(source / name, run_dir / name)
 
 
-def _spoil(factor: float) -> Callable[[pytest.MonkeyPatch], None]:
-    """The third back-propagation of something else."""
+def _spoil(factor: float, number: int = 2) -> Callable[[pytest.MonkeyPatch], None]:
+    """The third back-propagation, or another, of something else."""
 
     def fault(patch: pytest.MonkeyPatch) -> None:
         from fastpref.train.deepspeed_engine import ShardedEngine
@@ -115,7 +115,9 @@ def _spoil(factor: float) -> Callable[[pytest.MonkeyPatch], None]:
         for engine in (LocalEngine, ShardedEngine):
             backward = engine.backward
             patch.setattr(
-                engine, "backward", lambda self, x, go=backward: go(self, x * (factor if next(count) == 2 else 1.0))
+                engine,
+                "backward",
+                lambda self, x, go=backward: go(self, x * (factor if next(count) == number else 1.0)),
             )
 
     return fault
@@ -170,6 +172,7 @@ def _stop(patch: pytest.MonkeyPatch) -> None:
 FAULTS = {
     "nan": _spoil(float("nan")),
     "overflow": _spoil(1e9),
+    "steep": _spoil(2.0**12, 0),
     "no space": _no_space,
     "slow disk": _slow_disk,
     "stop": _stop,

@@ -41,6 +41,7 @@ LAYOUTS = {
     "ZeRO-3": ["engine=deepspeed", "zero_stage=3"],
 }
 SHARDED = [layout for layout in LAYOUTS if layout.startswith("ZeRO")]
+SCALED = ["2x4", "ZeRO-2", "ZeRO-3"]
 FIGURES = (
     *("loss", "grad_norm", "margin", "accuracy", "effective_contrasts", "pairs_kept", "reward_winner", "score_winner"),
 )
@@ -140,7 +141,10 @@ def runs(folder: Path, recipe: Callable[..., Config]) -> dict[str, Config]:
         engine = [*LAYOUTS["ZeRO-2"], f"compile={whole}", "gradient_checkpointing=true"]
         made[f"compiled-{whole}"] = recipe(f"compiled-{whole}", *EXACT, *METHODS["dpo"], *engine)
     made["nan"] = recipe("nan", *METHODS["dpo"], *LAYOUTS["ZeRO-2"])
+    for layout in SCALED:
+        made[f"steep-{layout}"] = recipe(f"steep-{layout}", *METHODS["dpo"], *LAYOUTS[layout], "precision=fp16")
     faults = {"nan": "nan", "fp16-ZeRO-2": "overflow", "fp16-ZeRO-3": "overflow"}
+    faults |= {f"steep-{layout}": "steep" for layout in SCALED}
     tasks = [Task(config, fault=faults.get(name, "")) for name, config in made.items()]
     results = ranks.finish(ranks.start([ranks.__file__, *ranks.recipe_files(tasks, folder)]), timeout=900)
     assert [code for code, _ in results] == [0, 0], results[0][1] + results[1][1]
@@ -215,9 +219,24 @@ def test_fp16_skips_a_step_that_overflows_and_halves_its_loss_scale(runs: dict[s
     for mine, exact in zip(half[:2], single, strict=False):
         assert 0 < abs(mine["grad_norm"] / exact["grad_norm"] - 1) < 0.02
         assert abs(mine["loss"] - exact["loss"]) < 0.01
-    checkpoint = max((runs[f"fp16-{layout}"].run_dir / "checkpoints").iterdir())
-    scaler = json.loads((checkpoint / "state.json").read_text())["scaler"]
-    assert (scaler["scale"], scaler["_growth_tracker"]) == (65536 / 2, 1)
+    before, after = loss_scales(runs[f"fp16-{layout}"])
+    assert (after["scale"], after["_growth_tracker"]) == (before["scale"] / 2, 1)
+
+
+def loss_scales(config: Config) -> list[dict[str, Any]]:
+    """In the checkpoints of a run."""
+    files = sorted((config.run_dir / "checkpoints").glob("*/state.json"))
+    return [json.loads(file.read_text())["scaler"] for file in files]
+
+
+@pytest.mark.parametrize("layout", SCALED)
+def test_fp16_finds_its_loss_scale_before_the_first_update(runs: dict[str, Config], layout: str) -> None:
+    """A gradient that is too steep for the first scale, in one of two ranks: no step is lost, and all go down."""
+    steep = lines(runs[f"steep-{layout}"])
+    assert None not in [line["grad_norm"] for line in steep] and summary(runs[f"steep-{layout}"])["skipped_steps"] == 0
+    assert steep[0]["grad_norm"] > 100 * steep[1]["grad_norm"]
+    first, _ = loss_scales(runs[f"steep-{layout}"])
+    assert first["scale"] < 65536 / 2 and first["_growth_tracker"] == 2
 
 
 def test_fp32_differences_between_layouts_are_printed_and_small(
