@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,21 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fastpref.emoji.random_models import make_random_sdxl
 
     return make_random_sdxl(tmp_path_factory.mktemp("models") / "sdxl", vae_factor=2)
+
+
+@pytest.fixture(scope="session")
+def one_level_unet(tmp_path_factory: pytest.TempPathFactory, sdxl: Path) -> Path:
+    """A UNet for it of one level, attention in its mid block: for what costs by the module."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    one_level = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [16]}
+    settings = json.loads((sdxl / "unet" / "config.json").read_text())
+    folder = tmp_path_factory.mktemp("models") / "one_level_unet"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        UNet2DConditionModel.from_config({**settings, **one_level}).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -108,7 +108,7 @@ def _broadcast(module: torch.nn.Module) -> None:
 
 @contextmanager
 def uncounted(module: torch.nn.Module) -> Iterator[None]:
-    """A backward inside does not count as that of the forward before: under ZeRO-3 the next one gathers weights again."""
+    """A backward inside does not count as that of the forward before; the next one gathers ZeRO-3's weights again."""
     names = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
     before = [(part, {name: vars(part)[name] for name in names if name in vars(part)}) for part in module.modules()]
     yield

@@ -62,24 +62,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def unet(folder: Path, sdxl: Path) -> Path:
-    """A UNet of one level, attention in its mid block: under ZeRO-3 a step costs by the module."""
-    from diffusers import UNet2DConditionModel
-
-    one_level = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [16]}
-    torch.manual_seed(0)
-    settings = json.loads((sdxl / "unet" / "config.json").read_text())
-    UNet2DConditionModel.from_config({**settings, **one_level}).save_pretrained(folder / "unet")
-    return folder / "unet"
-
-
-@pytest.fixture(scope="module")
 def recipe(
-    folder: Path, sdxl: Path, sdxl_store: Path, few_records: Path, clip: Path, unet: Path
+    folder: Path, sdxl: Path, sdxl_store: Path, few_records: Path, clip: Path, one_level_unet: Path
 ) -> Callable[..., Config]:
     base = [
         *(f"model={sdxl}", f"store={sdxl_store}", f"records={few_records}", f"output_dir={folder}/runs"),
-        *(f"clip={clip}", f"unet={unet}", "batch_size=8", "beta=200", "lora_rank=4", "learning_rate=0.001"),
+        *(f"clip={clip}", f"unet={one_level_unet}", "batch_size=8", "beta=200", "lora_rank=4", "learning_rate=0.001"),
         *("lora_targets=[to_v]", "evaluate=false", "tracker=none", "keep_best=loss"),
     ]
     few = [f"steps={FEW}", f"checkpoint_every={FEW // 2}"]
