@@ -100,7 +100,7 @@ class BackwardEngine(LocalEngine):
     def _step_unless(self, bad: torch.Tensor, index: int) -> None:
         """Update one tensor, or leave it and its state as they are."""
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            self.optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
+            self.optimizer.found_inf = bad.to(torch.float32)
         elif bool(bad):  # Adafactor and bitsandbytes, which wait for the device at every tensor themselves
             return
         self._step_alone(index)

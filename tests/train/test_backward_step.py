@@ -87,6 +87,40 @@ def test_a_bad_tensor_does_not_stop_the_good_ones_of_the_next_step() -> None:
     assert engine.step(1.0) == pytest.approx(6.0) and torch.allclose(weight, torch.tensor(-1.0))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion8bit", "adafactor"])
+@pytest.mark.parametrize("bad", ["the tensor", "the objective"])
+@pytest.mark.parametrize("when", [0, 1])
+def test_a_tensor_that_is_skipped_keeps_its_weights_and_its_optimizer_state(
+    optimizer: str, bad: str, when: int
+) -> None:
+    """As if that step had not been; under an objective that is not finite that holds for every tensor."""
+    if "8bit" in optimizer:
+        pytest.importorskip("bitsandbytes")
+    found = []
+    for spoilt in (True, False):
+        model = Weights(torch.ones(4100), torch.ones(3))
+        engine = small_engine(model, f"optimizer={optimizer}", "max_grad_norm=1.0", "ema_decay=0.5")
+        a, b = model.trainable.values()
+        for step in range(3):
+            left_out = step == when and not spoilt
+            if left_out and bad == "the objective":
+                continue
+            engine.begin(step, 1e-2)
+            first = torch.zeros(()) if left_out else (a * 1.5).sin().sum()
+            if step == when and spoilt:
+                first = first + (a * 0).sqrt().sum() if bad == "the tensor" else first * torch.nan
+            engine.backward(first + (b * b).sum())
+            norm = engine.launch(1e-2, torch.zeros(()))
+            assert bool(torch.isfinite(norm)) == (not spoilt or step != when)
+        assert engine.skipped_tensors == (spoilt and bad == "the tensor")
+        tensors, values = engine.state()
+        found.append((dict(tensors), values["optimizer"]))
+    (tensors, numbers), (expected, expected_numbers) = found
+    # what a fused optimizer or EMA makes for a tensor it has not updated yet are zeros, or the weights
+    assert tensors.keys() == expected.keys() and numbers == expected_numbers
+    assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
+
+
 def test_the_mean_of_many_roundings_is_the_value() -> None:
     g = torch.Generator().manual_seed(3)
     values = torch.randn(4096, generator=g) * torch.logspace(-6, 3, 4096)
