@@ -98,10 +98,9 @@ def make_job(config: Config, source: Source) -> Job:
         "shard_size": config.shard_size,
         "max_pixels": config.max_image_pixels,
         "max_enlargement": config.max_enlargement,
+        "max_caption_tokens": config.max_caption_tokens,
     }
     content = {"format_version": FORMAT_VERSION, "decoding": DECODING, "records": source.fingerprint(), **settings}
-    if config.max_caption_tokens != 77:  # stores from before the key say nothing of it
-        content["max_caption_tokens"] = config.max_caption_tokens
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return Job(
         records=config.records,
@@ -110,7 +109,6 @@ def make_job(config: Config, source: Source) -> Job:
         shape=shape,
         batch_size=config.prepare_batch_size,
         max_reject_share=config.max_reject_share,
-        max_caption_tokens=config.max_caption_tokens,
         fingerprint=fingerprint,
         **settings,
     )
