@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from peer_code import Checkout
 from torch import Tensor
 
-from fastpref.models.loading import NoiseSchedule
+from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.timesteps import DenoisingStep
 from fastpref.rollout.pool import PoolSampler
 from fastpref.rollout.transitions import Selection, select, thresholds
@@ -163,8 +163,8 @@ def our_candidates(case: StepCase, keys: Tensor) -> Tensor:
 
 
 def our_verdict(scores: Tensor, index: int, theta: float | tuple[float, float]) -> Selection:
-    """Of pools at step ``index`` of the published grid."""
-    return select(scores, thresholds(published_sampler(), theta)[index])
+    """Of pools at step ``index`` of the published grid, all of whose steps have pools."""
+    return select(scores, thresholds(published_sampler(), theta, over_all_steps=True)[index])
 
 
 def noise_of(keys: Tensor, case: StepCase) -> Tensor:

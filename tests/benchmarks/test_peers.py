@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import peer_steps  # noqa: E402
 import peers  # noqa: E402
 from peer_code import Checkout  # noqa: E402
 from peer_losses import MU, Case, cases, dpo_side, exact, ours, script  # noqa: E402
@@ -107,6 +109,50 @@ implicit_acc = (margin > 0).float().mean()
 def test_before_the_first_update_half_of_the_pairs_count_as_right() -> None:
     case = next(cases(1, pairs=3))
     assert float(ours(case._replace(pred=case.ref)).accuracy) == 0.5
+
+
+def literal_transitions(case: peer_steps.StepCase) -> torch.Tensor:
+    """SPO's loss as its paper and code state it: log-densities of DDIM's step, ratios clipped, in float64."""
+    scheduler = peer_steps.published_scheduler()
+    now, before = (scheduler.alphas_cumprod.double()[t] for t in (case.t, max(case.t - 50, 0)))
+    variance = (1 - before) / (1 - now) * (1 - now / before)
+    ratios = []
+    for end in (case.x_w, case.x_l):
+        densities = []
+        for with_prompt, without in (case.policy, case.reference):
+            noise = without + peer_steps.GUIDANCE * (with_prompt - without)
+            x0 = (case.x_t - (1 - now).sqrt() * noise) / now.sqrt()
+            mean = before.sqrt() * x0 + (1 - before - variance).sqrt() * noise
+            densities.append((-((end - mean) ** 2) / (2 * variance) - variance.sqrt().log()).mean(dim=(1, 2, 3)))
+        ratios.append((densities[0] - densities[1]).exp().clamp(1 - peer_steps.CLIP, 1 + peer_steps.CLIP))
+    return -torch.nn.functional.logsigmoid(case.beta * (ratios[0].log() - ratios[1].log())).mean()
+
+
+def test_our_transitions_equal_the_literal_loss() -> None:
+    """In float64. The literal mean takes the difference of two densities of about 1/σ² each, hence the slack."""
+    for case in peer_steps.step_cases(40):
+        double = peers._double(case)
+        assert float(peer_steps.our_loss(double).loss) == pytest.approx(float(literal_transitions(double)), rel=1e-7)
+
+
+def test_our_verdict_is_a_softmax_over_best_and_worst() -> None:
+    """θ_t runs with σ_t from 0.35 at the last step to 0.5 at the first (LPO)."""
+    scores = torch.tensor([[0.0, 1.1, 0.3, 0.2], [0.0, 0.2, 0.75, 0.1]], dtype=torch.float64)
+    shares = [(math.exp(gap) - 1) / (math.exp(gap) + 1) for gap in (1.1, 0.75)]  # 0.50, 0.36
+    assert 0.5 < shares[0] < 0.501 and 0.35 < shares[1] < 0.36
+    first, last = (peer_steps.our_verdict(scores, step, (0.35, 0.5)) for step in (0, 19))
+    assert first.kept.tolist() == [True, False] and last.kept.tolist() == [True, True]
+    assert last.winner.tolist() == [1, 2] and last.loser.tolist() == [0, 0]
+
+
+def test_our_candidates_carry_the_noise_of_their_keys() -> None:
+    """x_{t-1} of candidate k is the mean that all share plus σ times its own noise."""
+    (case,) = peer_steps.step_cases(1)
+    double = peers._double(case)
+    keys = peer_steps.derive_keys(3, 0, torch.arange(4 * len(case.x_t)), 0, "candidate").view(-1, 4)
+    pool, noise = peer_steps.our_candidates(double, keys), peer_steps.noise_of(keys, double).transpose(0, 1)
+    means = pool - peer_steps.published_sampler().sigma(0) * noise
+    torch.testing.assert_close(means, means[:, :1].expand_as(means), rtol=0, atol=1e-12)
 
 
 def test_functions_come_with_what_they_use_and_nothing_else(checkout: Checkout) -> None:
