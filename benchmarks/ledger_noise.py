@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from bars import Panel, draw
 from common import RESULTS, TABLES, markdown, provenance, publish, read_csv
+from devices import CPU, add_device, device_of, name_of, open_device
 from worlds import BATCH, MODELS, open_world, trainer_of
 
 from fastpref.errors import UserError
@@ -77,10 +78,12 @@ def measure(settings: list[str], steps: int) -> list[dict[str, Any]]:
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[int, str]]:
-    """(model, precision, ledger) → β → noise."""
+    """(model and device, precision, ledger) → β → noise."""
     found: dict[tuple[str, str, str], dict[int, str]] = {}
     for row in rows:
-        found.setdefault((row["model"], row["precision"], row["ledger"]), {})[int(row["beta"])] = str(row["noise"])
+        place = "" if device_of(row) == CPU else f", {device_of(row)}"
+        key = row["model"] + place, row["precision"], row["ledger"]
+        found.setdefault(key, {})[int(row["beta"])] = str(row["noise"])
     return found
 
 
@@ -102,12 +105,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """The noise of every ledger, on a logarithmic axis that shows 0 as its left end."""
     panels = []
-    for model, precision in dict.fromkeys((row["model"], row["precision"]) for row in rows):
-        own = {key[2]: found for key, found in groups(rows).items() if key[:2] == (model, precision)}
+    for setting, precision in dict.fromkeys(key[:2] for key in groups(rows)):
+        own = {key[2]: found for key, found in groups(rows).items() if key[:2] == (setting, precision)}
         bars = {
             ledger: {f"β = {beta}": [max(float(found[beta]), FLOOR)] for beta in BETAS} for ledger, found in own.items()
         }
-        title = f"{MODELS[model]}; training in {precision}"
+        model, _, place = setting.partition(", ")
+        title = f"{MODELS[model]}; training in {precision}{place and f' on {place}'}"
         axis = "noise in the logit (0 at the left end)"
         panels.append(Panel(title, axis, bars, MAX_LOGIT_NOISE, "refused above", logarithmic=True))
     draw(panels, out)
@@ -117,18 +121,26 @@ def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=("emoji", "mid", "random"), default=("emoji", "mid"))
+    add_device(parser)
     parser.add_argument("--steps", type=int, default=1, help=f"batches of {DRAWN} pairs that are compared")
     parser.add_argument("--short", action="store_true", help="one batch of the emoji model, no CSV")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--report", action="store_true", help="run nothing: table and plot from the CSV")
     parser.add_argument("--readme", action="store_true", help="also put the table into benchmarks/README.md")
     options = parser.parse_args()
+    try:
+        device = name_of(open_device(options))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     rows: list[dict[str, Any]] = [] if options.short else list(read_csv(options.out))
     for model in ("emoji",) if options.short else () if options.report else options.models:
-        about = {"model": model, "threads": torch.get_num_threads()}
+        about = {"model": model, "device": device, "threads": torch.get_num_threads()}
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(open_world(model, Path(folder)), 1 if options.short else options.steps)
-        rows = [*(row for row in rows if row["model"] != model), *(about | row | provenance() for row in found)]
+            world = open_world(model, Path(folder), [f"device={options.device}"])
+            found = measure(world, 1 if options.short else options.steps)
+        kept = [row for row in rows if (row["model"], device_of(row)) != (model, device)]
+        rows = [*kept, *(about | row | provenance() for row in found)]
     if not rows:
         print(UserError("no rows to report", str(options.out), "run the benchmark first"), file=sys.stderr)
         sys.exit(2)

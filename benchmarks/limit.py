@@ -1,6 +1,6 @@
 """How far a step is from the physical limit: our step over the bare UNet passes that its method needs.
 
-    python benchmarks/limit.py [--quick] [--model emoji|mid|full] [--repeats 7] [--compile [unet]] [--report] [--readme]
+    python benchmarks/limit.py [--quick] [--device cpu|cuda] [--model emoji|mid|full] [--compile [unet]] [--readme]
 
 Ours and the bare passes take turns in one process on the same batch. The limit of a method is a policy forward and
 backward, with the reference switched in by LoRA a reference forward too, and for RPO over several micro-batches with
@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -23,7 +22,8 @@ from typing import Any
 import torch
 from bars import Panel, draw
 from common import RESULTS, ROOT, markdown, provenance, publish, read_csv
-from worlds import COMPILED, MODELS, add_compile, open_world, place, trainer_of
+from devices import add_device, device_of, forget_peak, name_of, open_device, peak_device_bytes, seconds
+from worlds import MODELS, add_compile, open_world, place, setting_of, trainer_of
 
 from fastpref.errors import UserError
 from fastpref.train.batch import PairBatch
@@ -81,26 +81,25 @@ def _inputs(batch: PairBatch) -> tuple[Any, ...]:
     return batch.noisy, batch.timesteps, batch.conditioning
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """Wall-clock seconds of one call."""
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
-
-
 def measure(trainer: OfflineTrainer, repeats: int) -> list[dict[str, Any]]:
-    """Rows ``repeat, ours_ms, bare_ms``; which side begins alternates, the first repeat warms up and is left out."""
-    bare, rows, step = Bare(trainer), [], 0
+    """Rows ``repeat, ours_ms, bare_ms, peak_device_bytes`` (of ours); which side begins alternates.
+
+    The first repeat warms up, compiling and choosing of algorithms included, and is left out.
+    """
+    bare, rows, step, device = Bare(trainer), [], 0, trainer.policy.device
     for repeat in range(repeats + 1):
         timed: dict[str, float] = {}
         for side in ("ours", "bare") if repeat % 2 else ("bare", "ours"):
             if side == "ours":
-                timed[side] = seconds(partial(trainer.step, step))
+                forget_peak(device)
+                timed[side] = seconds(partial(trainer.step, step), device)
+                peak = peak_device_bytes(device)
                 step += 1
             else:
-                timed[side] = seconds(bare.step)
+                timed[side] = seconds(bare.step, device)
         if repeat:
-            rows.append({"repeat": repeat} | {f"{side}_ms": round(1e3 * value, 3) for side, value in timed.items()})
+            times = {f"{side}_ms": round(1e3 * value, 3) for side, value in timed.items()}
+            rows.append({"repeat": repeat, **times, "peak_device_bytes": peak})
     return rows
 
 
@@ -110,10 +109,10 @@ def ratios(rows: Sequence[dict[str, Any]], arm: str) -> list[float]:
 
 
 def by_setting(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of each model, as worlds.py lists them, compiled and eager apart."""
+    """Rows of each model, as worlds.py lists them; compiled and eager, CPU and GPU apart."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=place):
-        found.setdefault(row["model"] + COMPILED[str(row["compile"])], []).append(row)
+        found.setdefault(setting_of(row), []).append(row)
     return found
 
 
@@ -135,7 +134,7 @@ def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """The ratio of every arm beside the target."""
     panels = [
         Panel(
-            MODELS[group[0]["model"]] + COMPILED[str(group[0]["compile"])],
+            setting_of(group[0]).replace(group[0]["model"], MODELS[group[0]["model"]], 1),
             "our step over the bare UNet passes",
             {arm: {"median and range": ratios(group, arm)} for arm in dict.fromkeys(row["arm"] for row in group)},
             TARGET,
@@ -159,6 +158,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, 5 repeats, no CSV")
     parser.add_argument("--repeats", type=int, help="default: 7, of the full-size model 3")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    add_device(parser)
     add_compile(parser, "both sides with compile=true (blocks, the default) or unet")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--report", action="store_true", help="run nothing: table and plot from the CSV")
@@ -172,7 +172,8 @@ def run(options: argparse.Namespace, about: dict[str, Any]) -> list[dict[str, An
     repeats = options.repeats or (5 if options.quick else 3 if options.model == "full" else 7)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        settings = [*open_world(options.model, Path(folder)), f"compile={options.compile.lower()}"]
+        device = [f"device={options.device}"]
+        settings = [*open_world(options.model, Path(folder), device), f"compile={options.compile.lower()}"]
         for arm in [name for name in arms if name in QUICK or not options.quick]:
             print(arm, file=sys.stderr)
             found = measure(trainer_of(settings, *arms[arm]), repeats)
@@ -185,13 +186,15 @@ def main() -> None:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    about = {"model": options.model, "compile": options.compile, "threads": torch.get_num_threads()}
     try:
+        device = name_of(open_device(options))
+        about = {"model": options.model, "compile": options.compile, "device": device}
+        about |= {"threads": torch.get_num_threads()}
         rows: list[dict[str, Any]] = [] if options.report else run(options, about)
         if not options.quick:
-            mine = {key: str(value) for key, value in about.items() if key != "threads"}
-            kept = [r for r in read_csv(options.out) if options.report or any(r[k] != v for k, v in mine.items())]
-            rows = [*kept, *rows]
+            mine = (options.model, options.compile, device)
+            stored = [(row, (row["model"], row["compile"], device_of(row))) for row in read_csv(options.out)]
+            rows = [*(row for row, own in stored if options.report or own != mine), *rows]
         if not rows:
             raise UserError("no rows to report", str(options.out), "run the benchmark first")
     except UserError as error:

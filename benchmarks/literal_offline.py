@@ -25,7 +25,7 @@ from fastpref.config import Config
 from fastpref.data.buckets import Size
 from fastpref.data.images import load_rgb, to_bucket
 from fastpref.data.records import Record, check_row, open_records
-from fastpref.models.loading import DTYPES, load_vae, resolve_model_dir
+from fastpref.models.loading import DTYPES, load_vae, resolve_device, resolve_model_dir
 from fastpref.models.policy import load_policy
 from fastpref.models.similarity import load_clip, resolve_clip_dir
 from fastpref.models.text import load_text_stack
@@ -46,14 +46,14 @@ class LiteralOffline:
             raise ValueError("the literal trainer has no flips, posterior, dropout, label noise or safeguard")
         if config.train != "lora" or config.init_lora is not None:
             raise ValueError("the literal trainer is for a LoRA that starts from nothing")
-        self.config, device = config.model_copy(update={"compile": False}), torch.device("cpu")
-        folder, frozen = resolve_model_dir(config.model), DTYPES[config.precision]
+        self.config, device = config.model_copy(update={"compile": False}), resolve_device(config.device)
+        self.device, folder, frozen = device, resolve_model_dir(config.model), DTYPES[config.precision]
         self.unet: Any = load_policy(self.config, folder, device, needs_reference=False).unet
         self.trained = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(config, self.trained)
         self.vae: Any = load_vae(folder, "fp64" if config.precision == "fp64" else config.vae_precision, device)
         self.texts = load_text_stack(folder, frozen, device, config.max_caption_tokens)
-        self.clip = load_clip(resolve_clip_dir(str(config.clip))) if config.method == "rpo" else None
+        self.clip = load_clip(resolve_clip_dir(str(config.clip)), device) if config.method == "rpo" else None
         self.noising = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         source = open_records(config.records)
         checked = [check_row(row) for row in source.rows(np.sort(records))]
@@ -73,7 +73,7 @@ class LiteralOffline:
             captions = [self.records[i].caption for i in indices]
             prompt, pooled = self._encoded(captions)
         repeat = 2 if losers else 1
-        eps, t = noise.repeat(repeat, 1, 1, 1), timesteps.repeat(repeat)
+        eps, t = noise.to(self.device).repeat(repeat, 1, 1, 1), timesteps.to(self.device).repeat(repeat)
         noisy = self.noising.add_noise(latents, eps, t)
         target = eps if self.noising.config.prediction_type == "epsilon" else self.noising.get_velocity(latents, eps, t)
         inputs = (noisy, t, prompt.repeat(repeat, 1, 1), self._conditions(pooled, len(indices), repeat))
@@ -109,7 +109,10 @@ class LiteralOffline:
 
     @torch.no_grad()
     def _latents(self, pixels: Tensor) -> Tensor:
-        rows = [self.vae.encode(part.to(self.vae.dtype)).latent_dist.mode() for part in pixels.split(_VAE_BATCH)]
+        rows = [
+            self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist.mode()
+            for part in pixels.split(_VAE_BATCH)
+        ]
         dtype = torch.float64 if self.config.precision == "fp64" else torch.float32
         shift = self.vae.config.shift_factor or 0.0
         return ((torch.cat(rows).float() - shift) * self.vae.config.scaling_factor).to(dtype)
@@ -122,13 +125,14 @@ class LiteralOffline:
         if pooled is None:
             return None
         side = self.config.resolution
-        ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=pooled.dtype).repeat(repeat * pairs, 1)
-        return {"text_embeds": pooled.repeat(repeat, 1), "time_ids": ids}
+        ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=pooled.dtype, device=self.device)
+        return {"text_embeds": pooled.repeat(repeat, 1), "time_ids": ids.repeat(repeat * pairs, 1)}
 
     def _errors(self, inputs: tuple[Any, ...], target: Tensor) -> Tensor:
         noisy, t, prompt, conditions = inputs
         dtype = DTYPES[self.config.precision]
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        half = dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(self.device.type, dtype if half else torch.bfloat16, enabled=half):
             pred = self.unet(noisy.to(dtype), t, prompt.to(dtype), added_cond_kwargs=conditions).sample
         return F.mse_loss(pred.float() if pred.dtype != torch.float64 else pred, target, reduction="none").mean(
             dim=(1, 2, 3)

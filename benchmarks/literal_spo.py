@@ -94,18 +94,20 @@ class LiteralSPO:
         if self.sampler.schedule.prediction_type != "epsilon" or self.config.train != "lora" or self.config.init_lora:
             raise ValueError("the literal trainer is for ε-prediction and a LoRA that starts from nothing")
         self.theta, self.steps = collector.theta[0], self.sampler.steps
-        self.alphas = self.sampler.schedule.alphas_cumprod
-        folder, frozen = resolve_model_dir(self.config.model), DTYPES[self.config.precision]
+        self.device, frozen = trainer.policy.device, DTYPES[self.config.precision]
+        self.alphas = self.sampler.schedule.alphas_cumprod.to(self.device)
+        folder = resolve_model_dir(self.config.model)
         self.policy = copy.deepcopy(trainer.policy.unet)
-        self.reference = load_unet(folder, frozen, self.config.unet).eval().requires_grad_(False)
+        self.reference = load_unet(folder, frozen, self.config.unet).to(self.device).eval().requires_grad_(False)
         precision = "fp64" if frozen == torch.float64 else self.config.vae_precision
         self.vae = load_vae(folder, precision, self.policy.device)
         files = resolve_step_preference(self.config.scorer, self.config.clip)
-        self.scorer = load_step_preference(files, dtype=frozen).requires_grad_(False)
+        self.scorer = load_step_preference(files, device=self.device, dtype=frozen).requires_grad_(False)
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.texts, negative = collector.book.texts, collector.book.empty()
         self.negative = as_prompts(negative.prompt_embeds, negative.pooled_prompt_embeds)
-        self.time_ids = torch.tensor([[*collector.book.size, 0, 0, *collector.book.size]], dtype=torch.float32)
+        ids = [[*collector.book.size, 0, 0, *collector.book.size]]
+        self.time_ids = torch.tensor(ids, dtype=torch.float32, device=self.device)
         self.start([parameter.detach().clone() for parameter in self.trained])
 
     @torch.no_grad()
@@ -130,9 +132,10 @@ class LiteralSPO:
         ids = torch.tensor([prompt_id(prompt) for prompt in prompts])
         with self.clock.span("text encoders", n):
             own = as_prompts(*self.texts.encode(list(prompts)))
-            tokens = self.tokens(prompts).repeat_interleave(k, dim=0)
-        each = own.rows(torch.arange(n).repeat_interleave(k))
-        x = keyed_noise(derive_keys(self.config.seed, epoch, ids, 0, "init"), self.shape, self.dtype)
+            tokens = self.tokens(prompts).to(self.device).repeat_interleave(k, dim=0)
+        each = own.rows(torch.arange(n, device=self.device).repeat_interleave(k))
+        keys = derive_keys(self.config.seed, epoch, ids, 0, "init").to(self.device)
+        x = keyed_noise(keys, self.shape, self.dtype)
         for index in range(self.sampler.plain_steps):
             x = self._stepped(x, self._predict(x, self.steps[index].t, own), ids, index, epoch, 1)[:, 0]
         noise = self._predict(x, self.steps[self.sampler.plain_steps].t, own)
@@ -150,7 +153,7 @@ class LiteralSPO:
             sides = pool[kept, winner[kept]], pool[kept, loser[kept]]
             found.append(Pairs(x[kept], *sides, *at, *own.rows(kept)))
             chosen = keyed_uniform_u32(derive_keys(self.config.seed, epoch, ids, index, "choice")) * k >> 32
-            rows = torch.arange(n) * k + chosen
+            rows = (torch.arange(n) * k + chosen).to(self.device)
             x = flat[rows]
             if t:
                 noise = predicted[rows]
@@ -159,15 +162,15 @@ class LiteralSPO:
     def _predict(self, x: Tensor, t: int, prompts: Prompts) -> Tensor:
         """ε under guidance, by the policy with its LoRA beside the weights."""
         with self.clock.span("UNet of the rollout", 2 * len(x)):
-            return self.guided(self.policy, x, torch.full((len(x),), t), prompts)
+            return self.guided(self.policy, x, torch.full((len(x),), t, device=self.device), prompts)
 
     def _stepped(self, x: Tensor, noise: Tensor, ids: Tensor, index: int, epoch: int, count: int) -> Tensor:
         """(N, count, C, h, w): what the step leads to, with ``count`` draws of its noise."""
         with self.clock.span("noise and steps"):
-            mean, sigma = self._mean(x, noise, torch.full((len(x),), index))
+            mean, sigma = self._mean(x, noise, torch.full((len(x),), index, device=self.device))
             first = index * self.sampler.candidates
             draws = [derive_keys(self.config.seed, epoch, ids, first + j, "candidate") for j in range(count)]
-            z = torch.stack([keyed_noise(keys, self.shape, self.dtype) for keys in draws], dim=1)
+            z = torch.stack([keyed_noise(keys.to(self.device), self.shape, self.dtype) for keys in draws], dim=1)
             return mean[:, None] + sigma[:, None] * z
 
     def _x0(self, x: Tensor, noise: Tensor, t: int) -> Tensor:
@@ -181,7 +184,7 @@ class LiteralSPO:
         with self.clock.span("VAE decode", n):
             images = self.decode(x0)
         with self.clock.span("preference model, image", n):
-            pictures = self.scorer.embed_images(images, torch.full((n,), t))
+            pictures = self.scorer.embed_images(images, torch.full((n,), t, device=self.device))
         with self.clock.span("preference model, text", n):
             captions = self.captions(tokens)
         return self.scorer.clip.logit_scale.exp() * (pictures * captions).sum(dim=-1)
@@ -230,7 +233,8 @@ class LiteralSPO:
 
     def _ratio(self, part: Pairs, end: Tensor) -> Tensor:
         """(m,): how much likelier the step to ``end`` is under the policy than under the reference."""
-        prompts, t = Prompts(part.embeds, part.pooled), torch.tensor([step.t for step in self.steps])[part.step]
+        times = torch.tensor([step.t for step in self.steps], device=self.device)
+        prompts, t = Prompts(part.embeds, part.pooled), times[part.step]
         with self.clock.span("policy forward", 2 * len(part)):
             own = self.guided(self.policy, part.x_t, t, prompts)
         with self.clock.span("reference forward", 2 * len(part)), torch.no_grad():
@@ -246,7 +250,8 @@ class LiteralSPO:
 
     def _mean(self, x: Tensor, noise: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """μ (N, C, h, w) and σ (N, 1, 1, 1) of DDIM's steps ``index`` (N,) (arXiv 2010.02502, equations 12 and 16)."""
-        now, before = (self.alphas[torch.tensor(times)[index]] for times in zip(*self.steps, strict=True))
+        grid = torch.tensor(self.steps, device=self.device)  # (S, 2): t, t_prev
+        now, before = (self.alphas[times[index]] for times in grid.unbind(dim=1))
         variance = self.config.eta**2 * (1 - before) / (1 - now) * (1 - now / before)
         numbers = now.sqrt(), (1 - now).sqrt(), before.sqrt(), (1 - before - variance).sqrt(), variance.sqrt()
         root, root_beta, root_before, direction, sigma = (value.to(x.dtype).view(-1, 1, 1, 1) for value in numbers)

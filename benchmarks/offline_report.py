@@ -9,7 +9,7 @@ from typing import Any
 
 from bars import Panel, draw
 from common import markdown
-from worlds import COMPILED, place
+from worlds import place, setting_of
 
 SHARE = 0.9  # of the ceiling
 METHODS = ("sft", "dpo", "rpo")
@@ -51,9 +51,9 @@ def ceiling(rows: Sequence[dict[str, Any]], side: str) -> float:
     return median(ratios(rows, "literal", f"bare, {side}"))
 
 
-def key_of(row: dict[str, Any]) -> tuple[str, str, str, str]:
-    """What was measured together: model, method, compiled or not, torch."""
-    return str(row["model"]), str(row["method"]), str(row["compile"]), str(row["torch"])
+def key_of(row: dict[str, Any]) -> tuple[str, str, str]:
+    """What was measured together: model (compiled or not, on which device), method, torch."""
+    return setting_of(row), str(row["method"]), str(row["torch"])
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -61,8 +61,8 @@ def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[st
     several = len({row["torch"] for row in rows}) > 1
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in sorted(rows, key=_place):
-        model, method, compiled, version = key_of(row)
-        name = f"{model}{COMPILED[compiled]}{f', torch {version}' if several else ''}"
+        setting, method, version = key_of(row)
+        name = f"{setting}{f', torch {version}' if several else ''}"
         found.setdefault((name, method), []).append(row)
     return found
 
@@ -75,7 +75,8 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     """One line a model, method and side of ours; then those of the public script."""
     lines, public, beyond = [], [], []
     for (name, method), own in groups(rows).items():
-        memory = {row["side"]: int(row["peak_rss_bytes"]) for row in own if row.get("peak_rss_bytes")}
+        peaks = {row["side"]: row.get("peak_device_bytes") or row.get("peak_rss_bytes") for row in own}
+        memory = {side: int(peak) for side, peak in peaks.items() if peak}
         for side in SIDES:
             if times(own, side):
                 lines.append([name, method, *_line(own, side, memory)])

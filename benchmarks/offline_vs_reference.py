@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, ROOT, provenance, publish, read_csv
-from limit import Bare, seconds
+from devices import add_device, forget_peak, name_of, open_device, peak_device_bytes, seconds
+from limit import Bare
 from literal_offline import LiteralOffline
 from offline_report import METHODS, eager_of, key_of, plot, report
 from reference_repo import find_script, run_script
@@ -39,6 +40,7 @@ from fastpref.config import Config
 from fastpref.data.store import Store
 from fastpref.errors import UserError
 from fastpref.memory import peak_rss_bytes
+from fastpref.models.loading import resolve_device
 from fastpref.train.figures import MAX_LOGIT_NOISE
 from fastpref.train.offline import OfflineTrainer
 
@@ -138,7 +140,7 @@ def measure(
                 call = partial(literal.step, *given) if name == "literal" else None
                 if call is None:
                     call = bare[name].step if name in bare else partial(calls[name], step)
-                spent[name] += seconds(call)
+                spent[name] += seconds(call, first.policy.device)
         for name in names:
             rows.append({"repeat": repeat, "side": name, "seconds": round(spent[name] / steps, 6)})
         parts = {f"literal {part}": value - before.get(part, 0.0) for part, value in literal.seconds.items()}
@@ -148,32 +150,34 @@ def measure(
     return [{"method": method, **row, "loss difference": f"{apart:.1e}"} for row in rows]
 
 
-def peak(settings: list[str], method: str, side: str, steps: int) -> int:
-    """Peak resident bytes of one side in a process of its own."""
+def peak(settings: list[str], method: str, side: str, steps: int) -> dict[str, Any]:
+    """``peak_rss_bytes`` and, on a GPU, ``peak_device_bytes`` of one side in a process of its own."""
     job = json.dumps({"settings": settings, "method": method, "side": side, "steps": steps})
     command = [sys.executable, __file__, "--worker", job, "--threads", str(torch.get_num_threads())]
     answer = subprocess.run(command, capture_output=True, text=True)
     if answer.returncode:
         raise UserError(f"the side '{side}' failed alone", "offline_vs_reference", answer.stderr.strip()[-300:])
-    return int(answer.stdout.split()[-1])
+    return json.loads(answer.stdout.splitlines()[-1])
 
 
-def work(job: dict[str, Any]) -> int:
-    """A few steps of one side, nothing else loaded; its peak resident bytes."""
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """A few steps of one side, nothing else loaded; what they needed at most."""
     settings, method, steps = job["settings"], job["method"], job["steps"]
+    config = config_of(settings, f"method={method}")
+    device = resolve_device(config.device)
     if job["side"] != "literal":
         trainer = trainer_of(settings, *sides_of(settings, method)[job["side"]])
+        forget_peak(device)  # that of making the ledger
         for step in range(steps):
             trainer.step(step)
-        return peak_rss_bytes()
-    config = config_of(settings, f"method={method}")
+        return {"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": peak_device_bytes(device)}
     literal, generator = literal_of(config), torch.Generator().manual_seed(0)
     shape = Store.open(config.store).batch([0]).latents_w.shape[1:]
     for step in range(steps):
         indices = np.arange(step * config.batch_size, (step + 1) * config.batch_size)
         noise = torch.randn(config.batch_size, *shape, generator=generator)
         literal.step(indices, noise, torch.randint(1000, (config.batch_size,), generator=generator))
-    return peak_rss_bytes()
+    return {"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": peak_device_bytes(device)}
 
 
 def parse() -> argparse.Namespace:
@@ -185,6 +189,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of every side in a repeat; default: 3")
     parser.add_argument("--short", action="store_true", help="dpo, 3 repeats of 2 steps, no CSV")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    add_device(parser)
     add_compile(parser, "ours with compile=true (blocks, the default) or unet; bare passes with and without")
     parser.add_argument("--reference-repo", type=Path, help="checkout of diffusers or DiffusionDPO: time it too")
     parser.add_argument("--python", default=sys.executable, help="interpreter that runs the checkout's script")
@@ -203,8 +208,10 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """All rows of the settings asked for."""
     if options.reference_repo is not None:
         find_script(options.reference_repo)  # before anything is measured
-    world = [*open_world(options.model, folder), f"compile={options.compile.lower()}"]
-    about = {"model": options.model, "compile": options.compile, "threads": torch.get_num_threads()}
+    device = [f"device={options.device}"]
+    world = [*open_world(options.model, folder, device), f"compile={options.compile.lower()}"]
+    about = {"model": options.model, "compile": options.compile, "device": name_of(open_device(options))}
+    about |= {"threads": torch.get_num_threads()}
     rows: list[dict[str, Any]] = []
     for method in options.methods:
         print(method, file=sys.stderr)
@@ -218,12 +225,12 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         rows += measure(settings, method, options.repeats, options.steps, public)
         for side in ("literal", *sides_of(settings, method)):
             found = peak(settings, method, side, options.steps)
-            rows.append({"method": method, "side": side, "peak_rss_bytes": found})
+            rows.append({"method": method, "side": side, **found})
     return [about | row | provenance() for row in rows]
 
 
 def merged(stored: list[dict[str, str]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """``rows`` in place of those of the same model, method and torch."""
+    """``rows`` in place of those of the same model, method, device and torch."""
     found = {key_of(row) for row in rows}
     return [*(row for row in stored if key_of(row) not in found), *rows]
 
@@ -235,7 +242,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     try:
         if options.worker:
-            print(work(json.loads(options.worker)))
+            print(json.dumps(work(json.loads(options.worker))))
             return
         stored: list[dict[str, Any]] = [] if options.short else list(read_csv(options.out))
         if not options.report:

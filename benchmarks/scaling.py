@@ -27,8 +27,8 @@ from typing import Any
 import scaling_ranks
 import torch
 from common import RESULTS, TABLES, markdown, provenance, publish, read_csv
+from devices import CPU, add_device, device_of, name_of, open_device, peak_device_bytes, seconds
 from large_store import make_large_store
-from limit import seconds
 from worlds import config_of, open_world, trainer_of
 
 from fastpref.data.store import Store
@@ -48,14 +48,17 @@ POINTS: dict[str, tuple[int, ...]] = {
 SHORT: dict[str, tuple[int, ...]] = {"batch": (2, 8), "records": (10**3, 10**5), "loader": (8,), "ranks": (2,)}
 MOST_SECONDS, MOST_BYTES = 1.0, 200e6  # of opening 10⁶ records
 FEEDS = 10  # times the model's rate
+ON_HOST = ("records", "ranks")  # these need no GPU and use none
 
 
 def step_point(settings: list[str], overrides: list[str], repeats: int) -> dict[str, Any]:
     """Median seconds of an RPO step, and what the process needed."""
     trainer = trainer_of(settings, "method=rpo", "reference=ledger", *overrides)
     trainer.step(0)
-    found = [seconds(partial(trainer.step, step)) for step in range(1, repeats + 1)]
-    return {"seconds": median(found), "spread": max(found) - min(found), "peak_rss_bytes": peak_rss_bytes()}
+    device = trainer.policy.device
+    found = [seconds(partial(trainer.step, step), device) for step in range(1, repeats + 1)]
+    memory = {"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": peak_device_bytes(device)}
+    return {"seconds": median(found), "spread": max(found) - min(found), **memory}
 
 
 def records_point(settings: list[str], records: int, folder: Path, repeats: int) -> dict[str, Any]:
@@ -93,7 +96,9 @@ def loader_point(settings: list[str], micro_batch: int, repeats: int) -> dict[st
                 loaded = trainer._loader.take(step, number)
                 trainer.batches.build(loaded.plan, loaded.rows, loaded.stored)
 
-    fed, trained = seconds(feed), sum(seconds(partial(trainer.step, step)) for step in steps)
+    device = trainer.policy.device
+    fed = seconds(feed, device)
+    trained = sum(seconds(partial(trainer.step, step), device) for step in steps)
     pairs = repeats * size
     return {"seconds": fed / repeats, "pairs_fed": pairs / fed, "pairs_trained": pairs / trained}
 
@@ -120,9 +125,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line a point."""
     lines = []
     for row in rows:
-        memory = f"{float(row['peak_rss_bytes']) / 1e9:.2f}" if row.get("peak_rss_bytes") else "–"
+        peak = row.get("peak_device_bytes") or row.get("peak_rss_bytes")
+        memory = f"{float(peak) / 1e9:.2f}" if peak else "–"
         milliseconds = f"{1e3 * float(row['seconds']):.1f}"
-        lines.append([row["kind"], f"{int(row['value'])}", milliseconds, memory, ", ".join(_notes(row))])
+        where = [] if device_of(row) == CPU else [device_of(row)]
+        lines.append([row["kind"], f"{int(row['value'])}", milliseconds, memory, ", ".join([*where, *_notes(row)])])
     return markdown(["what grows", "to", "ms a step (records: to open)", "peak memory, GB", "also"], lines)
 
 
@@ -168,14 +175,20 @@ def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
 
 
 def measure(
-    points: dict[str, tuple[int, ...]], settings: list[str], folder: Path, repeats: int, *, short: bool = False
+    points: dict[str, tuple[int, ...]],
+    settings: list[str],
+    folder: Path,
+    repeats: int,
+    *,
+    short: bool = False,
+    device: str = CPU,
 ) -> list[dict[str, Any]]:
-    """All points, each in fresh processes."""
+    """All points, each in fresh processes; ``device`` is the name of that which ``settings`` choose."""
     rows = []
     for kind, value in ((kind, value) for kind, values in points.items() for value in values):
         for arm in scaling_ranks.arms(value, short=short) if kind == "ranks" else [""]:
             print(f"{kind} {value} {arm}".rstrip(), file=sys.stderr)
-            found = {"threads": torch.get_num_threads()}
+            found = {"threads": torch.get_num_threads(), "device": CPU if kind in ON_HOST else device}
             if arm:
                 found |= scaling_ranks.launch(settings, arm, value, repeats)
             else:
@@ -201,6 +214,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ranks", nargs="+", type=int, default=POINTS["ranks"], help="processes of the points 'ranks'")
     parser.add_argument("--short", action="store_true", help="the few points of the short form, 3 repeats, no CSV")
     parser.add_argument("--repeats", type=int, default=5)
+    add_device(parser)
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--report", action="store_true", help="run nothing: table and plot from the CSV")
@@ -224,9 +238,11 @@ def main() -> None:
             points = SHORT if options.short else POINTS | {"ranks": tuple(options.ranks)}
             points = {kind: values for kind, values in points.items() if kind in options.only}
             with tempfile.TemporaryDirectory() as folder:
-                settings, repeats = open_world("emoji", Path(folder)), 3 if options.short else options.repeats
-                found = measure(points, settings, Path(folder), repeats, short=options.short)
-            rows = [*(row for row in rows if row["kind"] not in points), *found]
+                device, repeats = name_of(open_device(options)), 3 if options.short else options.repeats
+                settings = open_world("emoji", Path(folder), [f"device={options.device}"])
+                found = measure(points, settings, Path(folder), repeats, short=options.short, device=device)
+            again = {(row["kind"], device_of(row)) for row in found}
+            rows = [*(row for row in rows if (row["kind"], device_of(row)) not in again), *found]
         if not rows:
             raise UserError("no rows to report", str(options.out), "run the benchmark first")
     except UserError as error:

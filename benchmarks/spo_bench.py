@@ -12,13 +12,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+from devices import seconds, wait
 from literal_spo import Clock, LiteralSPO, as_prompts
 from spo_vs_reference_report import PHASES, ROLLOUT, SCORING, SPANS, TRAINING
 
 import fastpref.rollout.pool as pool
 from fastpref.config import Config
 from fastpref.models.guidance import GuidedRows
-from fastpref.models.loading import resolve_model_dir
+from fastpref.models.loading import resolve_device, resolve_model_dir
 from fastpref.models.work import Work
 from fastpref.rollout.step_scorers import PreferenceScorer
 from fastpref.train.engine import LocalEngine
@@ -46,12 +47,14 @@ class Bench:
 
     def __init__(self, config: Config, prompts: int, folder: Path, std: float = 0.0) -> None:
         self.config = config.model_copy(update={"rollout_prompts": prompts})
-        self.trainer = open_trainer(self.config, resolve_model_dir(config.model), torch.device("cpu"))
+        self.device = resolve_device(config.device)
+        self.trainer = open_trainer(self.config, resolve_model_dir(config.model), self.device)
         trainable = list(self.trainer.policy.trainable.values())
         generator = torch.Generator().manual_seed(config.seed)
         with torch.no_grad():
             for parameter in trainable:
-                parameter.add_(std * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter.add_(std * noise.to(self.device))
         self.weights = [parameter.detach().clone() for parameter in trainable]
         self.trainer.begin(folder, Watch())
         self.literal = LiteralSPO(self.trainer)
@@ -66,12 +69,14 @@ class Bench:
             began = time.perf_counter()
             while not lines or trainer.position < len(trainer.batches):
                 lines.append(trainer.step(len(lines)))
+            wait(self.device)
             total = time.perf_counter() - began
         seconds = {phase: trainer.totals[f"seconds_{phase}"] for phase in PHASES} | {"total": total}
         found, place = trainer.transitions, {number: i for i, number in enumerate(self.numbers)}
         assert found is not None
         pairs = [(place[int(n)], int(step)) for n, step in zip(found.prompt, found.step, strict=True)]
-        return Outcome(seconds, clock, [line["loss"] for line in lines], pairs, torch.stack([found.x_w, found.x_l]))
+        sides = torch.stack([found.x_w, found.x_l]).cpu()
+        return Outcome(seconds, clock, [line["loss"] for line in lines], pairs, sides)
 
     def other(self) -> Outcome:
         """The same round by the literal order of work, in the batches that ours splits it into."""
@@ -79,13 +84,15 @@ class Bench:
         self.trainer.round = 0  # whose shuffling it is
         began = time.perf_counter()
         found = self.literal.round(self.prompts, self.epoch)
+        wait(self.device)
         rolled = time.perf_counter()
         lines = self.literal.train(found, self.trainer._split(len(found)))
+        wait(self.device)
         ended, clock = time.perf_counter(), self.literal.clock
         scoring = sum(clock.seconds[name] for name, (phase, *_) in SPANS.items() if phase == SCORING)
         seconds = {ROLLOUT: rolled - began - scoring, SCORING: scoring, TRAINING: ended - rolled}
         pairs = list(zip(found.prompt.tolist(), found.step.tolist(), strict=True))
-        sides = torch.stack([found.x_w, found.x_l])
+        sides = torch.stack([found.x_w, found.x_l]).cpu()
         return Outcome(seconds | {"total": ended - began}, clock, [line["loss"] for line in lines], pairs, sides)
 
     def _fresh(self) -> Any:
@@ -109,8 +116,8 @@ class Bench:
         assert isinstance(scorer, PreferenceScorer)
         n, k, m = min(config.rollout_batch_size, len(self.prompts)), config.candidates, config.batch_size
         pool_rows, chunk = n * k, min(config.decode_batch_size, n * k)
-        x = torch.randn(max(pool_rows, m), *ours.collector.shape, dtype=ours.collector.dtype)
-        t = torch.full((len(x),), ours.collector.sampler.score_timesteps[0])
+        x = torch.randn(max(pool_rows, m), *ours.collector.shape, dtype=ours.collector.dtype, device=self.device)
+        t = torch.full((len(x),), ours.collector.sampler.score_timesteps[0], device=self.device)
         texts = [self.prompts[i % len(self.prompts)] for i in range(len(x))]
         known = book.conditioning(texts)
         prompts = as_prompts(known.prompt_embeds, known.pooled_prompt_embeds)
@@ -151,11 +158,7 @@ class Bench:
         for name, (rows, call) in self.parts().items():
             with self.trainer.policy.merged() if name == "UNet, LoRA merged" else ExitStack():
                 call()
-                times = []
-                for _ in range(calls):
-                    began = time.perf_counter()
-                    call()
-                    times.append(time.perf_counter() - began)
+                times = [seconds(call, self.device) for _ in range(calls)]
             found[name] = 1000 * median(times) / rows
         return found
 

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from common import RESULTS, ROOT, TABLES, fill, provenance, read_csv, write_csv
 from compare import fingerprint
+from devices import CPU, add_device, name_of
 from spo_bench import Bench, Outcome
 from spo_vs_reference_report import SPANS, plot, report, summary
 
 from fastpref.atomic import write_bytes
 from fastpref.config import Config, load_config
 from fastpref.errors import UserError
-from fastpref.models.loading import folder_fingerprint
+from fastpref.models.loading import folder_fingerprint, resolve_device
 
 OUT = RESULTS / "spo_vs_reference.csv"
 RECIPE, SCORER = ROOT / "configs" / "emoji_spo.yaml", ROOT / "runs" / "emoji_spm" / "step_preference_model"
@@ -75,12 +76,14 @@ def measure(bench: Bench, repeat: int) -> list[dict[str, Any]]:
 def compare_sides(config: Config, options: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
     """Run the repeats that are missing, writing the CSV after each; all rows of these settings."""
     settings = f"{fingerprint(config)} {folder_fingerprint(Path(str(config.scorer)))} {options.prompts}"
+    device = name_of(resolve_device(config.device))
+    settings += "" if device == CPU else f" {device}"
     mark = hashlib.sha256(f"{settings} {torch.get_num_threads()} {torch.__version__}".encode()).hexdigest()[:16]
     rows: list[dict[str, Any]] = [dict(row) for row in read_csv(out) if row["fingerprint"] == mark]
     missing = sorted(set(range(options.repeats)) - {int(row["repeat"]) for row in rows})
     if not missing:
         return rows
-    about = {"model": options.model, "prompts": options.prompts, "threads": torch.get_num_threads()}
+    about = {"model": options.model, "prompts": options.prompts, "threads": torch.get_num_threads(), "device": device}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(config, options.prompts, Path(folder))
         print("warming up", file=sys.stderr)
@@ -93,7 +96,7 @@ def compare_sides(config: Config, options: argparse.Namespace, out: Path) -> lis
     return rows
 
 
-def emoji_config(scorer: Path) -> Config:
+def emoji_config(scorer: Path, *overrides: str) -> Config:
     """The recipe with the trained scorer, in the published shape: 20 steps, 16 branched, pools of 4, threshold 0.3.
 
     Raises:
@@ -104,7 +107,7 @@ def emoji_config(scorer: Path) -> Config:
         raise UserError("there is no preference model to score with", str(scorer), f"make it with {train}")
     shape = ["sample_steps=20", "plain_steps=4", "timestep_range=null", "candidates=4", "score_threshold=0.3"]
     rest = ["lr_scheduler=constant", f"scorer={scorer}", "tracker=none", "evaluate=false"]
-    return load_config(RECIPE, [*shape, *rest])
+    return load_config(RECIPE, [*shape, *rest, *overrides])
 
 
 def tiny_config(folder: Path, *overrides: str) -> Config:
@@ -150,6 +153,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scorer", type=Path, default=SCORER, help="folder of the step-aware preference model")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=16, help="of a round")
+    add_device(parser)
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--out", type=Path, help="CSV; tables and plot go beside it")
     parser.add_argument("--report", action="store_true", help="run nothing: tables and plot from the CSV")
@@ -170,7 +174,8 @@ def main() -> None:
         if not options.report:
             with tempfile.TemporaryDirectory() as folder:
                 tiny = options.model == "tiny"
-                config = tiny_config(Path(folder)) if tiny else emoji_config(options.scorer)
+                chosen = f"device={options.device}"
+                config = tiny_config(Path(folder), chosen) if tiny else emoji_config(options.scorer, chosen)
                 compare_sides(config, options, out)
         rows = read_csv(out)
         if not rows:

@@ -6,18 +6,20 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
 from common import ROOT
+from devices import CPU, device_of
 
 from fastpref.config import Config, load_config
 from fastpref.data.prepare import prepare
 from fastpref.emoji import MODEL_DIR, TRAIN_PARQUET
 from fastpref.models import public
-from fastpref.models.loading import resolve_model_dir
+from fastpref.models.loading import resolve_device, resolve_model_dir
 from fastpref.train.offline import OfflineTrainer, open_trainer
 from fastpref.train.reference import prepare_reference
 
@@ -34,8 +36,14 @@ MID = {"block_out_channels": (96, 192, 384), "transformer_layers_per_block": (1,
 
 
 def place(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Where a measured row stands in a table: eager first, models as :data:`MODELS` lists them."""
-    return str(row["compile"]), list(MODELS).index(row["model"])
+    """Where a measured row stands in a table: the CPU first, eager first, models as :data:`MODELS` lists them."""
+    return device_of(row) != CPU, device_of(row), str(row["compile"]), list(MODELS).index(row["model"])
+
+
+def setting_of(row: dict[str, Any]) -> str:
+    """What a table calls the row's model, compiled or not, and its device unless that is the CPU."""
+    where = "" if device_of(row) == CPU else f", {device_of(row)}"
+    return f"{row['model']}{COMPILED[str(row['compile'])]}{where}"
 
 
 def add_compile(parser: argparse.ArgumentParser, help: str) -> None:
@@ -49,10 +57,10 @@ class _Compile(argparse.Action):
         found.compile = "True" if value == "blocks" else value
 
 
-def open_world(model: str, folder: Path, pairs: int = 64) -> list[str]:
-    """Settings of a recipe on ``model`` with a prepared store of the bundled pairs."""
+def open_world(model: str, folder: Path, device: Sequence[str] = (), pairs: int = 64) -> list[str]:
+    """Settings of a recipe on ``model`` with a prepared store of the bundled pairs; ``device`` is among them."""
     if model == "full":
-        return open_full_size()
+        return open_full_size(device)
     records, clip = folder / "records" / "train.parquet", "emoji"  # alone in its folder, as public scripts want it
     pipeline = {"emoji": "emoji", "mid": str(folder / "mid"), "random": str(folder / "model")}[model]
     if not records.is_file():
@@ -68,7 +76,7 @@ def open_world(model: str, folder: Path, pairs: int = 64) -> list[str]:
     if model == "mid":
         make_mid(Path(pipeline))
     where = [f"model={pipeline}", f"clip={clip}", f"records={records}", f"store={folder / 'store'}", "resolution=32"]
-    settings = [*COMMON, *where]
+    settings = [*COMMON, *where, *device]
     prepare(load_config("", settings), progress=False)
     return settings
 
@@ -89,7 +97,7 @@ def make_mid(folder: Path) -> None:
     UNet2DConditionModel.from_config(shape | blocks | MID | {"layers_per_block": 2}).save_pretrained(folder / "unet")
 
 
-def open_full_size() -> list[str]:
+def open_full_size(device: Sequence[str] = ()) -> list[str]:
     """As :func:`open_world`, kept for the next time: the UNet of sdxl_full_size.py, made if it is not there yet."""
     import sdxl_full_size as full_size
 
@@ -102,7 +110,7 @@ def open_full_size() -> list[str]:
         (folder / "made").touch()
     where = [f"model={folder}", f"clip={inputs / 'clip'}", f"records={records}", f"store={inputs / 'whole_store'}"]
     size = ["precision=bf16", "gradient_checkpointing=true", "resolution=512", "batch_size=1", "micro_batch_size=1"]
-    settings = [*COMMON, *where, *size]
+    settings = [*COMMON, *where, *size, *device]
     prepare(load_config("", settings), progress=False)
     return settings
 
@@ -139,7 +147,7 @@ def trainer_of(settings: list[str], *overrides: str) -> OfflineTrainer:
     config = config_of(settings, *overrides)
     if config.reference == "ledger":
         prepare_reference(config, progress=False)
-    return open_trainer(config, resolve_model_dir(config.model), torch.device("cpu"))
+    return open_trainer(config, resolve_model_dir(config.model), resolve_device(config.device))
 
 
 def config_of(settings: list[str], *overrides: str) -> Config:
