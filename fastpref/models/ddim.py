@@ -18,14 +18,16 @@ class ChainedDDIMScheduler(DDIMScheduler):
 
     timesteps: Any
     num_inference_steps: Any
+    _grid: tuple[int, ...] = ()  # the timesteps on the host: a step on a GPU must not wait for them
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        super().set_timesteps(num_inference_steps, device)
-        self.timesteps = self.timesteps[:num_inference_steps]  # trailing, 61 steps: rounding adds a 62nd, at t = -1
+        super().set_timesteps(num_inference_steps)
+        grid = self.timesteps[:num_inference_steps]  # trailing, 61 steps: rounding adds a 62nd, at t = -1
+        self._grid, self.timesteps = tuple(grid.tolist()), grid.to(device)
 
     @wraps(DDIMScheduler.step)
     def step(self, model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        later = [t for t in self.timesteps.tolist() if t < int(timestep)]
+        later = [t for t in self._grid if t < int(timestep)]
         steps, stride = self.num_inference_steps, int(timestep) - max(later) if later else int(timestep) + 1
         self.num_inference_steps = Fraction(self.config.num_train_timesteps, stride)  # T // it is the stride
         try:

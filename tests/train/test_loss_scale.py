@@ -82,13 +82,13 @@ def test_a_resumed_run_goes_on_with_the_scale_it_had() -> None:
     assert resumed.step(1e-3) is None, "as without the interruption"
 
 
-def test_a_compiled_graph_is_differentiated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_graph_is_differentiated_twice() -> None:
     """torch compiles it for one backward, in which its buffers are used again, unless told otherwise."""
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
-    model, engine = opened("compile=true")
-    cubed = torch.compile(lambda w: (torch.sin(w) + 1.0) ** 3, backend="aot_eager")
-    engine.backward(cubed(model.trainable["w"]))
-    assert engine.step(1e-3) == 3.0
+    with torch._functorch.config.patch(donated_buffer=True):
+        model, engine = opened("compile=true")
+        cubed = torch.compile(lambda w: (torch.sin(w) + 1.0) ** 3, backend="aot_eager")
+        engine.backward(cubed(model.trainable["w"]))
+        assert engine.step(1e-3) == 3.0
 
 
 @pytest.mark.parametrize(
