@@ -58,9 +58,10 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+# Three workers on two cores: some tests wait for processes that they started.
 test: lint
 	@echo "== tests"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadscope
 
 test-processors: $(VENV)/.dev
 	@$(BIN)/python tests/processors.py

@@ -53,7 +53,7 @@ def _rewards() -> list[Workload]:
     found = []
     for variant, more, forward in (("ref_pred", {}, (6, 4, 6)), ("ref_error", {"ref_error": plain.errors}, (4, 2, 4))):
         names = ("pred", "ref_pred") if variant == "ref_pred" else ("pred",)
-        common = {"op": "implicit_reward", "wrt": ("pred",), "shape": (1, 4, 128, 128)}
+        common = {"op": "implicit_reward", "wrt": ("pred",), "shape": (1, 4, 64, 128)}
         velocity = {"keys": plain.keys, "timesteps": plain.timesteps, "alphas": plain.alphas}
         found += [
             Workload(
