@@ -25,7 +25,7 @@ from fastpref.config import Config
 from fastpref.data.buckets import Size
 from fastpref.data.images import load_rgb, to_bucket
 from fastpref.data.records import Record, check_row, open_records
-from fastpref.models.loading import DTYPES, load_vae, resolve_device, resolve_model_dir
+from fastpref.models.loading import DTYPES, load_vae, model_dir_of, resolve_device
 from fastpref.models.policy import load_policy
 from fastpref.models.similarity import load_clip, resolve_clip_dir
 from fastpref.models.text import load_text_stack
@@ -47,7 +47,7 @@ class LiteralOffline:
         if config.train != "lora" or config.init_lora is not None:
             raise ValueError("the literal trainer is for a LoRA that starts from nothing")
         self.config, device = config.model_copy(update={"compile": False}), resolve_device(config.device)
-        self.device, folder, frozen = device, resolve_model_dir(config.model), DTYPES[config.precision]
+        self.device, folder, frozen = device, model_dir_of(config), DTYPES[config.precision]
         self.unet: Any = load_policy(self.config, folder, device, needs_reference=False).unet
         self.trained = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(config, self.trained)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpref.models.loading import DTYPES, load_unet, load_vae, resolve_model_dir
+from fastpref.models.loading import DTYPES, load_unet, load_vae, model_dir_of
 from fastpref.models.prompt_book import prompt_id
 from fastpref.models.step_preference_file import load_step_preference, resolve_step_preference
 from fastpref.train.optim import build_optimizer, learning_rate_at
@@ -96,7 +96,7 @@ class LiteralSPO:
         self.theta, self.steps = collector.theta[0], self.sampler.steps
         self.device, frozen = trainer.policy.device, DTYPES[self.config.precision]
         self.alphas = self.sampler.schedule.alphas_cumprod.to(self.device)
-        folder = resolve_model_dir(self.config.model)
+        folder = model_dir_of(self.config)
         self.policy = copy.deepcopy(trainer.policy.unet)
         self.reference = load_unet(folder, frozen, self.config.unet).to(self.device).eval().requires_grad_(False)
         precision = "fp64" if frozen == torch.float64 else self.config.vae_precision

@@ -15,7 +15,7 @@ import torch
 
 from fastpref.config import Config
 from fastpref.errors import UserError
-from fastpref.models.loading import resolve_model_dir
+from fastpref.models.loading import model_dir_of
 
 _WARM_UP = 2  # steps left out
 _PROGRESS = re.compile(rb"Steps:.*?(\d+)/(\d+)")
@@ -73,7 +73,7 @@ def find_script(repo: Path) -> PublicScript:
 def command(script: PublicScript, repo: Path, python: str, config: Config, steps: int, out: Path) -> list[str]:
     """How the script is started: the recipe's model, records, batch, precision and optimizer, one process."""
     values = {
-        "--pretrained_model_name_or_path": str(resolve_model_dir(config.model)),
+        "--pretrained_model_name_or_path": str(model_dir_of(config)),
         "--dataset_name": str(Path(config.records).parent),
         "--output_dir": str(out),
         "--resolution": str(config.resolution),

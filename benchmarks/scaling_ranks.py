@@ -26,7 +26,7 @@ from fastpref.atomic import write_bytes
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.memory import peak_rss_bytes
-from fastpref.models.loading import resolve_model_dir
+from fastpref.models.loading import model_dir_of
 from fastpref.plan.cost import traffic_bytes
 from fastpref.plan.report import make_plan
 from fastpref.train.offline import open_trainer
@@ -101,7 +101,7 @@ def measure(config: Config, arm: str, repeats: int) -> dict[str, Any]:
     """Seconds, peak memory of the largest rank and bytes of a step, as one of the launcher's processes."""
     world = open_world(config, torch.device("cpu"))
     expected = formula(config, arm, world.size) if world.size > 1 else 0
-    trainer, found = open_trainer(config, resolve_model_dir(config.model), torch.device("cpu"), world), []
+    trainer, found = open_trainer(config, model_dir_of(config), torch.device("cpu"), world), []
     for step in range(repeats + 2):
         world.most(0)  # begin together
         began = time.perf_counter()

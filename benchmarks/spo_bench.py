@@ -19,7 +19,7 @@ from spo_vs_reference_report import PHASES, ROLLOUT, SCORING, SPANS, TRAINING
 import fastpref.rollout.pool as pool
 from fastpref.config import Config
 from fastpref.models.guidance import GuidedRows
-from fastpref.models.loading import resolve_device, resolve_model_dir
+from fastpref.models.loading import model_dir_of, resolve_device
 from fastpref.models.work import Work
 from fastpref.rollout.step_scorers import PreferenceScorer
 from fastpref.train.engine import LocalEngine
@@ -48,7 +48,7 @@ class Bench:
     def __init__(self, config: Config, prompts: int, folder: Path, std: float = 0.0) -> None:
         self.config = config.model_copy(update={"rollout_prompts": prompts})
         self.device = resolve_device(config.device)
-        self.trainer = open_trainer(self.config, resolve_model_dir(config.model), self.device)
+        self.trainer = open_trainer(self.config, model_dir_of(config), self.device)
         trainable = list(self.trainer.policy.trainable.values())
         generator = torch.Generator().manual_seed(config.seed)
         with torch.no_grad():

@@ -19,7 +19,7 @@ from fastpref.config import Config, load_config
 from fastpref.data.prepare import prepare
 from fastpref.emoji import MODEL_DIR, TRAIN_PARQUET
 from fastpref.models import public
-from fastpref.models.loading import resolve_device, resolve_model_dir
+from fastpref.models.loading import model_dir_of, resolve_device
 from fastpref.train.offline import OfflineTrainer, open_trainer
 from fastpref.train.reference import prepare_reference
 
@@ -147,7 +147,7 @@ def trainer_of(settings: list[str], *overrides: str) -> OfflineTrainer:
     config = config_of(settings, *overrides)
     if config.reference == "ledger":
         prepare_reference(config, progress=False)
-    return open_trainer(config, resolve_model_dir(config.model), resolve_device(config.device))
+    return open_trainer(config, model_dir_of(config), resolve_device(config.device))
 
 
 def config_of(settings: list[str], *overrides: str) -> Config:

@@ -73,10 +73,10 @@ def make_job(config: Config, source: Source) -> Job:
     Raises:
         UserError: the model or CLIP is missing or unsupported, or the resolution does not fit the VAE or the buckets.
     """
-    from fastpref.models.loading import folder_fingerprint, model_family, model_fingerprint, resolve_model_dir
+    from fastpref.models.loading import folder_fingerprint, model_dir_of, model_family, model_fingerprint
     from fastpref.models.similarity import resolve_clip_dir
 
-    model_dir = resolve_model_dir(config.model, config.prediction_type)
+    model_dir = model_dir_of(config)
     clip_dir = None if config.clip is None else resolve_clip_dir(config.clip)
     family = model_family(model_dir)
     shape = read_shape(model_dir, family, clip_dir)

@@ -89,7 +89,7 @@ def pairs_from_prompts(
     from fastpref.evaluate.sample import generate_pairs as draw
     from fastpref.evaluate.sample import initial_latents, latent_shape, load_policy_pipeline
     from fastpref.models.caption_length import warn_of_cut
-    from fastpref.models.loading import resolve_model_dir
+    from fastpref.models.loading import model_dir_of
     from fastpref.models.lora_file import lora_sources
 
     if not style.strip() or style.strip() == PLACEHOLDER:
@@ -98,7 +98,7 @@ def pairs_from_prompts(
         raise UserError(f"size is {size}", "make-pairs", "use a multiple of 8")
     prompts = list(dict.fromkeys(prompt.strip() for prompt in prompts))
     jobs = [PairJob(prompt, seed, styled(prompt, style)) for prompt in prompts for seed in range(seeds)]
-    model = resolve_model_dir(config.model, config.prediction_type)
+    model = model_dir_of(config)
     loras = [file for p in (config.init_lora, lora) if p is not None for file in lora_sources(Path(p))]
     weights = [model, *(Path(p) for p in (config.unet, *loras, unet) if p is not None)]
     settings: dict[str, Any] = {

@@ -30,9 +30,9 @@ from fastpref.models.loading import (
     DTYPES,
     load_noise_schedule,
     load_vae,
+    model_dir_of,
     model_fingerprint,
     resolve_device,
-    resolve_model_dir,
 )
 from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.one_step import OneStep, load_one_step
@@ -207,7 +207,7 @@ class _LatentJudge(_Judge):
 
 def _open_judge(config: Config, folder: Path | None) -> _Judge:
     model_dir, device, work = (
-        resolve_model_dir(config.model, config.prediction_type),
+        model_dir_of(config),
         resolve_device(config.device),
         Work(),
     )
@@ -245,7 +245,7 @@ def _held_out(config: Config) -> Iterator[Pair]:
 
         records = str(HELDOUT_PARQUET)
     chosen = set(choose_prompts(read_captions(records), config.eval_prompts))
-    warn_of_cut(resolve_model_dir(config.model), config.max_caption_tokens, chosen)
+    warn_of_cut(model_dir_of(config), config.max_caption_tokens, chosen)
     for record in read_records(records):
         if not isinstance(record, Record) or record.label == 0.5 or record.caption not in chosen:
             continue

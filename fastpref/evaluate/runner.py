@@ -31,7 +31,7 @@ from fastpref.evaluate.sample import (
 from fastpref.evaluate.sheets import before_after_sheet, contact_sheet, save_png
 from fastpref.evaluate.style import encode, evaluate_style, make_pool
 from fastpref.models.caption_length import warn_of_cut
-from fastpref.models.loading import resolve_device, resolve_model_dir
+from fastpref.models.loading import model_dir_of, resolve_device
 from fastpref.models.prompt_book import prompt_id
 from fastpref.models.work import Work
 
@@ -71,7 +71,7 @@ def evaluate_policy(
     reals = open_reals(config)
     judges = find_judges(config, reals, out_dir, style_dir=style_dir, clip_dir=clip_dir)
     prompts = choose_prompts(judges.unseen(reals.captions), config.eval_prompts)
-    warn_of_cut(resolve_model_dir(config.model), config.max_caption_tokens, prompts)
+    warn_of_cut(model_dir_of(config), config.max_caption_tokens, prompts)
     seeds = list(range(config.eval_seeds))
     work, began = Work(), time.perf_counter()
     pipeline: Any = load_policy_pipeline(config, lora=lora, unet=unet)

@@ -22,7 +22,7 @@ from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.evaluate.sheets import contact_sheet, save_png, slugs
 from fastpref.models.caption_length import warn_of_cut
-from fastpref.models.loading import DTYPES, load_unet, resolve_device, resolve_model_dir
+from fastpref.models.loading import DTYPES, load_unet, model_dir_of, resolve_device
 from fastpref.models.pipeline import load_pipeline
 from fastpref.models.prompt_book import prompt_id
 from fastpref.models.text import TextStack
@@ -158,7 +158,7 @@ def load_policy_pipeline(config: Config, *, lora: Path | None = None, unet: Path
     from fastpref.models.lora_file import load_adapter, resolve_lora
     from fastpref.models.state_dict import check_finite
 
-    folder, device = resolve_model_dir(config.model, config.prediction_type), resolve_device(config.device)
+    folder, device = model_dir_of(config), resolve_device(config.device)
     dtype = torch.float32 if config.precision == "fp64" else DTYPES[config.precision]
     pipeline: Any = load_pipeline(folder, dtype, device)
     if lora is None and unet is None and config.init_lora is not None:
@@ -235,7 +235,7 @@ def run_sample(
         raise UserError(f"size is {size}", "sample", "use a multiple of 8")
     prompts, seeds = list(dict.fromkeys(prompts)), list(dict.fromkeys(seeds))
     check_writable(out_dir)
-    warn_of_cut(resolve_model_dir(config.model), config.max_caption_tokens, prompts)
+    warn_of_cut(model_dir_of(config), config.max_caption_tokens, prompts)
     pipeline = load_policy_pipeline(config, lora=lora, unet=unet)
     pictures = generate(
         pipeline,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.models.noise_schedule import NoiseSchedule, ddim_settings, noise_schedule
 from fastpref.models.unet_file import read_unet, stated_prediction
@@ -69,6 +70,11 @@ def resolve_model_dir(model: str, prediction_type: str = "auto") -> Path:
             raise UserError(f"the model folder has no {part}/", model, "give a whole pipeline folder")
     load_noise_schedule(path)
     return path
+
+
+def model_dir_of(config: Config) -> Path:
+    """The pipeline folder that a recipe means; see :func:`resolve_model_dir`."""
+    return resolve_model_dir(config.model, config.prediction_type)
 
 
 def model_family(path: Path) -> Family:

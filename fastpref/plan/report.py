@@ -17,7 +17,7 @@ from fastpref.errors import UserError
 from fastpref.memory import resident_bytes
 from fastpref.models.caption_length import BLOCKS
 from fastpref.models.checkpoint import read_facts
-from fastpref.models.loading import _read_json, resolve_model_dir, vae_scale_factor
+from fastpref.models.loading import _read_json, model_dir_of, vae_scale_factor
 from fastpref.models.public import UNETS
 from fastpref.models.weights import stored_values
 from fastpref.plan.cost import Batch, flops, store_line, traffic_bytes
@@ -138,7 +138,7 @@ def _shapes(config: Config, family: str | None) -> Shapes:
     if Path(config.model).is_file():  # its header says all, so nothing is converted for a plan
         return _public_shapes(config, read_facts(Path(config.model)).family)
     blocks = BLOCKS[config.max_caption_tokens]
-    folder = resolve_model_dir(config.model, config.prediction_type)
+    folder = model_dir_of(config)
     unet = _read_json(folder / "unet" / "config.json")
     side = config.resolution // vae_scale_factor(folder)
     tokens = _read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77)
@@ -178,7 +178,7 @@ def _beside(config: Config) -> int:
         values = read_facts(Path(config.model)).values
         own = sum(values.values()) - values["unet"]
     else:
-        model = resolve_model_dir(config.model, config.prediction_type)
+        model = model_dir_of(config)
         own = sum(stored_values(model / name) for name in ("text_encoder", "text_encoder_2", "vae"))
     return wide * (own + sum(stored_values(folder) for folder in folders))
 

@@ -19,7 +19,7 @@ from fastpref.config import Config
 from fastpref.config_rules import SCORER_METHODS, STEPWISE_METHODS
 from fastpref.errors import UserError
 from fastpref.memory import peak_device_bytes, peak_rss_bytes
-from fastpref.models.loading import resolve_device, resolve_model_dir
+from fastpref.models.loading import model_dir_of, resolve_device
 from fastpref.models.work import Work
 from fastpref.train.best import BestCheckpoint, export_best
 from fastpref.train.checkpoint import Checkpoint, load_checkpoint, newest_intact
@@ -79,7 +79,7 @@ class TrainJob:
         check_tracker(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        model_dir = resolve_model_dir(config.model, config.prediction_type)
+        model_dir = model_dir_of(config)
         for key in ("unet", "init_lora"):
             value = getattr(config, key)
             if value is not None and not Path(value).exists():

@@ -28,7 +28,7 @@ from fastpref.data.sampling import BatchPlan, Sampler
 from fastpref.data.store import Store
 from fastpref.data.workspace import Ranks
 from fastpref.errors import UserError
-from fastpref.models.loading import resolve_model_dir, unet_fingerprint
+from fastpref.models.loading import model_dir_of, unet_fingerprint
 from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.policy import Policy, load_reference
 from fastpref.models.time_ids import target_time_ids
@@ -120,7 +120,7 @@ def prepare_reference(config: Config, *, dry_run: bool = False, progress: bool =
     if config.method not in LEDGER_METHODS:
         raise UserError(f"method {config.method} has no reference ledger", "method", "dpo and rpo have one")
     ranks = Ranks.from_env()
-    model_dir, device = resolve_model_dir(config.model, config.prediction_type), rank_device(config, ranks)
+    model_dir, device = model_dir_of(config), rank_device(config, ranks)
     store, schedule = open_store(config, model_dir), open_schedule(config, model_dir)
     sampler = open_sampler(config, store)
     ledger = ledger_of(config, model_dir, store, sampler, schedule)

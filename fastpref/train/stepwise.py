@@ -27,7 +27,7 @@ from fastpref.config import Config
 from fastpref.data.sampling import Sampler, permute
 from fastpref.errors import UserError
 from fastpref.models.caption_length import count_cut
-from fastpref.models.loading import DTYPES, resolve_model_dir, vae_scale_factor
+from fastpref.models.loading import DTYPES, model_dir_of, vae_scale_factor
 from fastpref.models.policy import Policy, load_policy
 from fastpref.models.prompt_book import PromptBook
 from fastpref.models.text import load_text_stack
@@ -110,7 +110,7 @@ class StepwiseTrainer(PolicyTrainer):
         return f"{len(self.prompts)} prompts"
 
     def warnings(self) -> list[str]:
-        model_dir, length = resolve_model_dir(self.config.model), self.config.max_caption_tokens
+        model_dir, length = model_dir_of(self.config), self.config.max_caption_tokens
         cut = count_cut(model_dir, length, self.prompts)
         return [] if cut is None else [f"{cut}"]
 
