@@ -98,7 +98,7 @@ class ShardedEngine:
         self.runtime.backward(objective * self.world.size, scale_wrt_gas=False)  # DeepSpeed averages over ranks
 
     def _lower_scale(self, objective: torch.Tensor) -> None:
-        """To what the objective bears. What ZeRO has added up by then cannot be scaled again: the step is skipped."""
+        """Lower the scale to what the objective bears; what ZeRO has summed cannot, so that step is skipped."""
         before = self.scale.value
         parameters, around = list(self.trainable.values()), partial(uncounted, self.runtime.module)
         scale = bearable_scale(objective * self.world.size, parameters, before, self.world, around)
@@ -136,7 +136,7 @@ class ShardedEngine:
 
     def state(self) -> tuple[State, dict[str, Any]]:
         tensors: dict[str, torch.Tensor | Piece] = {}
-        values: dict[str, Any] = {"optimizer": {}, "scaler": self.scale.state()}
+        values: dict[str, Any] = {"optimizer": {}, "scaler": self.scale.state(), "searching": self._searching}
         for fragment, average in zip(self.fragments, self.ema or [None] * len(self.fragments), strict=True):
             flat = self._flat(fragment)
             tensors[f"policy.{fragment.name}"] = fragment.piece(flat)
@@ -164,7 +164,7 @@ class ShardedEngine:
         else:
             self._load_fixed(tensors)
         self.scale.load(values["scaler"])
-        self._searching = self._searching and not values["scaler"]
+        self._searching = self._searching and bool(values.get("searching"))
         self._publish()
 
     @contextmanager

@@ -137,7 +137,7 @@ class LocalEngine:
         self.scaler.scale(objective).backward()
 
     def _lower_scale(self, objective: torch.Tensor) -> None:
-        """To what the objective bears, also for the gradients that are there already."""
+        """Lower the scale to what the objective bears, and with it the gradients added up so far."""
         before = self.scaler.get_scale()
         scale = bearable_scale(objective, self.parameters, before, self.world)
         if scale != before:
@@ -183,7 +183,7 @@ class LocalEngine:
     def state(self) -> tuple[State, dict[str, Any]]:
         """Every rank has all of it and keeps a part, by name."""
         tensors: dict[str, torch.Tensor] = {}
-        values: dict[str, Any] = {"optimizer": {}, "scaler": self.scaler.state_dict()}
+        values: dict[str, Any] = {"optimizer": {}, "scaler": self.scaler.state_dict(), "searching": self._searching}
         for index, key, value in optimizer_state(self.optimizer):
             if isinstance(value, torch.Tensor):
                 tensors[f"optimizer.{index}.{key}"] = value
@@ -210,7 +210,7 @@ class LocalEngine:
                 average.copy_(tensors[f"ema.{name}"])
         if values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])
-            self._searching = False
+        self._searching = self._searching and bool(values.get("searching"))
 
     @contextmanager
     def whole(self) -> Iterator[None]:

@@ -2,8 +2,8 @@
 
 fp16 ends at 65504, and how large gradients are depends on method, beta and model. A scaler that starts too high skips
 steps until it has come down, and what those steps were to learn is lost. So until the first update the gradient of
-every objective is looked at beforehand, at half the scale while it is not finite; from then on the scaler's own rule
-holds, and the headroom is for batches whose gradients are larger.
+every objective is tried beforehand, and the scale is halved until that is finite with some headroom, which is for
+batches whose gradients are larger. From then on the scaler's own rule holds.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def bearable_scale(
 ) -> float:
     """The largest of ``scale``, ``scale/2`` … 1 at which 16 times the gradient of ``objective`` is finite everywhere.
 
-    Changes no gradient and keeps the graph. ``scale`` itself where the objective is not finite, or no scale does it:
-    then the scale is not at fault. Reads back; every process has to call it as often.
+    Changes no gradient and keeps the graph. Returns ``scale`` itself where the objective is not finite or no scale
+    helps: then the scale is not at fault. Waits for the device; every process has to call it equally often.
 
     Args:
         around: each differentiation happens inside one.

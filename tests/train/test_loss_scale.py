@@ -82,6 +82,16 @@ def test_a_resumed_run_goes_on_with_the_scale_it_had() -> None:
     assert resumed.step(1e-3) is None, "as without the interruption"
 
 
+def test_a_run_resumed_before_its_first_update_goes_on_searching() -> None:
+    model, engine = opened()
+    engine.backward(model.objective(math.nan))
+    assert engine.step(1e-3) is None
+    other, resumed = opened()
+    resumed.load_state(*engine.state())
+    resumed.backward(other.objective(3.0))
+    assert resumed.step(1e-3) == 3.0, "as without the interruption"
+
+
 def test_a_compiled_graph_is_differentiated_twice() -> None:
     """torch compiles it for one backward, in which its buffers are used again, unless told otherwise."""
     with torch._functorch.config.patch(donated_buffer=True):
