@@ -29,6 +29,7 @@ Device = Literal["auto", "cpu", "cuda"]
 ImageFormat = Literal["png", "jpeg"]
 Family = Literal["sdxl", "sd15"]
 Layout = Literal["pipeline", "diffusers", "kohya"]
+PredictionType = Literal["auto", "epsilon", "v_prediction", "v_prediction_zero_snr"]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings over the recipe's")]
 
 
@@ -217,6 +218,9 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="PATH", help="run directory, LoRA file or folder, or UNet folder")],
     out: Annotated[Path, typer.Option(help="file (LoRA layouts) or folder (pipeline) to write")],
     model: Annotated[str | None, typer.Option(help="pipeline folder it is for; default: the run's own")] = None,
+    prediction_type: Annotated[
+        PredictionType, typer.Option(help="of a --model in one file that does not say")
+    ] = "auto",
     layout: Annotated[Layout, typer.Option(help="merged pipeline folder, or LoRA file in that naming")] = "pipeline",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT if it exists")] = False,
 ) -> None:
@@ -226,7 +230,9 @@ def export(
     """
     from fastpref.models.export import run_export
 
-    typer.echo(f"{run_export(run, out, layout=layout, model=model, overwrite=overwrite)}")
+    typer.echo(
+        f"{run_export(run, out, layout=layout, model=model, prediction_type=prediction_type, overwrite=overwrite)}"
+    )
 
 
 @app.command()

@@ -17,6 +17,7 @@ from fastpref.errors import UserError
 from fastpref.models import public
 from fastpref.models.unet_file import (
     ORIGINAL,
+    ZERO_SNR,
     convert_unet,
     find_unet,
     fitted,
@@ -74,7 +75,7 @@ def read_facts(file: Path) -> Checkpoint:
     """What a checkpoint is.
 
     Raises:
-        UserError: it is no whole SDXL or SD1.5, and what it is instead; or it is quantised.
+        UserError: it is not a whole SDXL or SD1.5 (the line says what it is instead), or it is quantised.
     """
     facts = {name: (dtype, shape) for name, dtype, shape in tensor_facts(file)}
     shapes = {name: shape for name, (_, shape) in facts.items()}
@@ -92,7 +93,7 @@ def read_facts(file: Path) -> Checkpoint:
         refuse_quantised({name: facts[name][0] for name in own}, file)
         values[part] = sum(shapes[name].numel() for name in own)
     stated = stated_prediction(file, shapes)
-    return Checkpoint(file, family, stated, "ztsnr" in shapes, _resolution(file), values)
+    return Checkpoint(file, family, stated, ZERO_SNR in shapes, _resolution(file), values)
 
 
 def convert(
@@ -138,9 +139,9 @@ def _family(file: Path, shapes: Mapping[str, torch.Size]) -> Family:
     if first is None:
         if find_unet(shapes):
             todo = "give it as the key unet, beside a pipeline folder as model"
-            raise UserError("the file is a UNet alone, no whole model", str(file), todo)
+            raise UserError("the file is a UNet alone, not a whole model", str(file), todo)
         kinds = [what for part, what in _OTHERS.items() if any(part in name for name in shapes)]
-        what = f"the file is {kinds[0]}" if kinds else "the file is no Stable Diffusion checkpoint"
+        what = f"the file is {kinds[0]}" if kinds else "the file is not a Stable Diffusion checkpoint"
         raise UserError(what, str(file), "fastpref aligns SDXL and SD1.5; give a checkpoint in the original layout")
     context = next((shape[-1] for name, shape in shapes.items() if "attn2.to_k.weight" in name), 0)
     what = ""

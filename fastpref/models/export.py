@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 import yaml
 
 from fastpref.errors import UserError
-from fastpref.models.loading import DTYPES, load_unet, model_family, resolve_model_dir, unet_source
+from fastpref.models.loading import DTYPES, empty_unet, load_unet, model_family, resolve_model_dir, unet_source
 from fastpref.models.lora_file import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, load_adapter, read_lora, resolve_lora, save_lora
 from fastpref.models.lora_form import Lora
 from fastpref.models.lora_unet import fitted
@@ -81,6 +80,7 @@ def run_export(
     *,
     layout: Literal["pipeline", "diffusers", "kohya"] = "pipeline",
     model: str | None = None,
+    prediction_type: str = "auto",
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -91,6 +91,7 @@ def run_export(
         out: for ``pipeline`` a folder, else a .safetensors file.
         layout: ``pipeline``: the base with the trained weights merged; ``diffusers``, ``kohya``: a LoRA in that naming.
         model: base pipeline folder or file; default: what the run it is in started from, by its ``config.yaml``.
+        prediction_type: of a ``model`` in one file that does not say it.
         dtype: of the written weights; default as stored.
         overwrite: replace an existing ``out``.
 
@@ -102,7 +103,7 @@ def run_export(
             numbers that are not finite.
     """
     lora, unet = trained_weights(source)
-    base, start = (resolve_model_dir(model), None) if model is not None else _start_of_run(source)
+    base, start = (resolve_model_dir(model, prediction_type), None) if model is not None else _start_of_run(source)
     if layout == "pipeline":
         unet = start if unet is None else unet  # a LoRA belongs onto the UNet that it was trained on
         return export_pipeline(base, out, lora=lora, unet=unet, dtype=dtype, overwrite=overwrite)
@@ -110,9 +111,8 @@ def run_export(
         raise UserError("a fully trained UNet is no LoRA", str(source), "export it as pipeline")
     if out.exists() and not overwrite:
         raise UserError("the file exists", str(out), "give another name, or overwrite")
-    unet_dir = start if start is not None and start.is_dir() else base
-    folder = unet_dir / "unet" if (unet_dir / "unet").is_dir() else unet_dir
-    skeleton = _skeleton(folder)
+    folder = unet_source(base, None if start is None else str(start))
+    skeleton = empty_unet(folder if folder.is_dir() else base / "unet")
     config = dict(skeleton.config)
     weights = fitted(read_lora(lora, unet_config=config), skeleton, str(lora))
     if dtype is not None:
@@ -136,17 +136,6 @@ def trained_weights(source: Path) -> tuple[Path | None, Path | None]:
         todo = f"expected {WEIGHTS_NAME} or unet/: did the training finish?"
         raise UserError("nothing trained in it", str(source), todo)
     return resolve_lora(source), None
-
-
-def _skeleton(folder: Path) -> Any:
-    """The UNet of a folder, without its weights."""
-    from diffusers import UNet2DConditionModel
-
-    try:
-        with torch.device("meta"):
-            return UNet2DConditionModel.from_config(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError("cannot make the model's UNet", str(folder), str(error)) from None
 
 
 def _copy_parts(model_dir: Path, draft: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.models.noise_schedule import NoiseSchedule, ddim_settings, noise_schedule
-from fastpref.models.unet_file import read_unet, stated_prediction
+from fastpref.models.unet_file import ZERO_SNR, read_unet, stated_prediction
 from fastpref.models.weights import tensor_facts, weights_of
 
 if TYPE_CHECKING:
@@ -163,17 +163,12 @@ def unet_source(path: Path, unet: str | None) -> Path:
 def load_unet(path: Path, dtype: torch.dtype, unet: str | None = None) -> UNet2DConditionModel:
     """The UNet of a pipeline folder, or the one in ``unet``: a folder (or its ``unet/``) or a file
     that :mod:`fastpref.models.unet_file` reads."""
-    from diffusers import UNet2DConditionModel
-
     source = unet_source(path, unet)
     if source.is_file():
         _check_prediction(path, source)
-        _read_json(path / "unet" / "config.json")
-        config = UNet2DConditionModel.load_config(path / "unet")
-        with torch.device("meta"):
-            model = UNet2DConditionModel.from_config(config)
+        model = empty_unet(path / "unet")
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        state = read_unet(source, config, expected)
+        state = read_unet(source, model.config, expected)
         # Copied even where the dtype is right: the file may be replaced while the model is in use.
         model.load_state_dict({name: state.pop(name).to(dtype, copy=True) for name in list(state)}, assign=True)
         return model.eval()
@@ -182,13 +177,26 @@ def load_unet(path: Path, dtype: torch.dtype, unet: str | None = None) -> UNet2D
     return _open_unet(source, dtype)
 
 
+def empty_unet(folder: Path) -> UNet2DConditionModel:
+    """The UNet that a folder's ``config.json`` describes, on the meta device: no weights are read."""
+    from diffusers import UNet2DConditionModel
+
+    config = _read_json(folder / "config.json")
+    with torch.device("meta"):
+        return _open(partial(UNet2DConditionModel.from_config, config), folder)
+
+
 def _check_prediction(path: Path, unet: Path) -> None:
-    """Raise :class:`UserError` if a UNet file says that it predicts something else than the pipeline's scheduler."""
-    stated = stated_prediction(unet, [name for name, _, _ in tensor_facts(unet)])
-    used = _read_json(path / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+    """Raise :class:`UserError` if a UNet file says that it is for another scheduler than the pipeline's."""
+    names = [name for name, _, _ in tensor_facts(unet)]
+    stated, schedule = stated_prediction(unet, names), load_noise_schedule(path)
+    used = schedule.prediction_type
     if stated is not None and stated != used:
         what = f"the UNet says that it is for {stated}, the model's scheduler is for {used}"
         raise UserError(what, str(unet), f"use a model whose scheduler/ has prediction_type {stated}")
+    if ZERO_SNR in names and schedule.alphas_cumprod[-1] > 0:
+        what = "the UNet says that its noise schedule ends in pure noise, the model's scheduler does not"
+        raise UserError(what, str(unet), "use a model whose scheduler/ has rescale_betas_zero_snr")
 
 
 def _open_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -228,7 +236,7 @@ def _open(load: Any, where: Path) -> Any:
     transformers_logging.disable_progress_bar()
     try:
         return load()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError("cannot load the model", str(where), " ".join(str(error).split())[:300]) from error
 
 

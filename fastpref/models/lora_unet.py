@@ -8,6 +8,7 @@ import torch
 
 from fastpref.errors import UserError
 from fastpref.models.lora_form import Lora
+from fastpref.models.state_dict import core_shape
 
 
 def lora_of(unet: torch.nn.Module, adapter: str = "default") -> Lora:
@@ -58,7 +59,7 @@ def fitted(lora: Lora, unet: torch.nn.Module, where: str) -> Lora:
             )
         rank, ones = down.shape[0], (1,) * (len(shape) - 2)
         wanted = (rank, *shape[1:]), (shape[0], rank, *ones)
-        if _bare(down.shape) != _bare(wanted[0]) or _bare(up.shape) != _bare(wanted[1]):
+        if core_shape(down.shape) != core_shape(wanted[0]) or core_shape(up.shape) != core_shape(wanted[1]):
             sizes = f"{tuple(down.shape)} and {tuple(up.shape)}, the layer's weight is {tuple(shape)}"
             raise UserError("the LoRA is for another UNet", where, f"the factors of {module} are {sizes}")
         if name in alphas:
@@ -66,8 +67,3 @@ def fitted(lora: Lora, unet: torch.nn.Module, where: str) -> Lora:
         state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = down.reshape(wanted[0]), up.reshape(wanted[1])
         alphas[name] = alpha
     return replace(lora, state=state, alphas=alphas)
-
-
-def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A factor's shape without a kernel of 1 x 1."""
-    return tuple(shape[:2]) if all(size == 1 for size in shape[2:]) else tuple(shape)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import uuid
@@ -21,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastpref.atomic import make_directory, write_bytes, write_tensors
+from fastpref.atomic import make_directory, write_bytes, write_json, write_tensors
 from fastpref.errors import UserError
 from fastpref.models import public
 from fastpref.models.checkpoint import NAMES, Checkpoint, convert, expected_shapes, read_facts
@@ -50,10 +49,10 @@ def resolve_single_file(file: Path, prediction_type: str = "auto") -> Path:
         prediction_type: auto (what the file says, else epsilon), epsilon, v_prediction or v_prediction_zero_snr.
 
     Raises:
-        UserError: the file is no SDXL or SD1.5 checkpoint, a part or a tensor is missing, or the disk is full.
+        UserError: the file is not an SDXL or SD1.5 checkpoint, a part or a tensor is missing, or the disk is full.
     """
     if file.suffix not in _SUFFIXES:
-        raise UserError(f"a {file.suffix or 'file'} is no model", str(file), "give a folder or a .safetensors file")
+        raise UserError(f"a {file.suffix} file is not a model", str(file), "give a folder or a .safetensors file")
     models = cache_folder() / "models"
     make_directory(models)
     with _progress() as progress:
@@ -99,15 +98,15 @@ def _write(checkpoint: Checkpoint, scheduler: dict[str, Any], draft: Path, progr
         text = name.startswith("text_encoder")
         weights = draft / name / ("model.safetensors" if text else "diffusion_pytorch_model.safetensors")
         write_tensors(weights, part, {"format": "pt"})
-        _write_json(draft / name / "config.json", _config(checkpoint, name))
+        write_json(draft / name / "config.json", _config(checkpoint, name))
         progress.advance(task, sum(tensor.nbytes for tensor in part.values()))
         part.clear()
         if text:
             tokenizer = name.replace("text_encoder", "tokenizer")
             write_tokenizer(draft / tokenizer, public.PAD_TOKENS[tokenizer])
     (draft / "scheduler").mkdir()
-    _write_json(draft / "scheduler" / "scheduler_config.json", scheduler)
-    _write_json(draft / "model_index.json", _index(family, scheduler["_class_name"]))
+    write_json(draft / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(draft / "model_index.json", _index(family, scheduler["_class_name"]))
 
 
 def _config(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
@@ -199,7 +198,3 @@ def _progress() -> Progress:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -46,6 +46,11 @@ def read_state_dict(path: Path, entry: str | None = None) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): tensor for name, tensor in value.items()}
 
 
+def core_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a weight without a 1x1 (or length 1) kernel: such a convolution and a linear layer mean the same."""
+    return tuple(shape[:2]) if all(side == 1 for side in shape[2:]) else tuple(shape)
+
+
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str, todo: str) -> None:
     """Raise :class:`UserError` if a named tensor holds NaN or an infinity."""
     for name, tensor in tensors:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from fastpref.errors import UserError
-from fastpref.models.state_dict import read_state_dict, refuse
+from fastpref.models.state_dict import core_shape, read_state_dict, refuse
 from fastpref.models.weights import FLOATS, tensor_facts
 
 if TYPE_CHECKING:
@@ -24,14 +24,15 @@ PREDICTIONS: dict[str, Literal["epsilon", "v_prediction"]] = {
     **{"v": "v_prediction", "v_prediction": "v_prediction", "v-prediction": "v_prediction"},
 }
 ORIGINAL = "model.diffusion_model."
-MARKERS = ("v_pred", "ztsnr")  # tensors without meaning of their own, by which a file says what it predicts
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
+MARKERS = (V_PREDICTION, ZERO_SNR)  # tensors without meaning of their own, by which a file says what it predicts
 _WRAPPERS = frozenset(["model", "module", "unet", "diffusion_model"])
 _FIRST = {"conv_in.weight": False, "input_blocks.0.0.weight": True}  # the first layer: is the layout the original one
 _COMPILED = "_orig_mod."
 
 
 def find_unet(names: Collection[str]) -> list[tuple[str, bool]]:
-    """(prefix, original layout) of the UNets among a file's names; EMA copies are none."""
+    """(prefix, original layout) of the UNets among a file's names; EMA copies do not count."""
     found = []
     for name in names:
         plain = name.replace(_COMPILED, "")
@@ -93,7 +94,7 @@ def fitted(file: Path, state: Mapping[str, Tensor], expected: Mapping[str, torch
         UserError: a tensor is missing, unknown or of another shape.
     """
     alike = {name: tensor for name, tensor in state.items() if name in expected}
-    mismatched = [name for name, tensor in alike.items() if _core(tensor.shape) != _core(expected[name])]
+    mismatched = [name for name, tensor in alike.items() if core_shape(tensor.shape) != core_shape(expected[name])]
     refuse(file, expected.keys() - state.keys(), state.keys() - expected.keys(), mismatched)
     return {name: tensor.reshape(expected[name]) for name, tensor in alike.items()}
 
@@ -116,7 +117,7 @@ def stated_prediction(file: Path, names: Collection[str]) -> Literal["epsilon", 
     stated = metadata_of(file).get("modelspec.prediction_type", "").strip().lower()
     if stated and stated not in PREDICTIONS:
         raise UserError(f"the file predicts '{stated}'", str(file), "epsilon and v_prediction are supported")
-    if "v_pred" in names:
+    if V_PREDICTION in names:
         return "v_prediction"
     return PREDICTIONS.get(stated)
 
@@ -129,8 +130,3 @@ def metadata_of(file: Path) -> dict[str, str]:
 
     with safe_open(str(file), framework="pt") as opened:
         return dict(opened.metadata() or {})
-
-
-def _core(shape: torch.Size) -> tuple[int, ...]:
-    """A shape without the sides of a 1x1 (or length 1) kernel."""
-    return tuple(shape[:2]) if len(shape) > 2 and shape[2:].numel() == 1 else tuple(shape)

@@ -231,7 +231,7 @@ OTHERS: dict[str, State] = {
     "a LoRA": {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.zeros(1)},
     "a ControlNet": {"control_model.input_blocks.0.0.weight": torch.zeros(1)},
     "a VAE": {"decoder.up.0.block.0.conv1.weight": torch.zeros(1)},
-    "no Stable Diffusion checkpoint": {"x": torch.zeros(1)},
+    "not a Stable Diffusion checkpoint": {"x": torch.zeros(1)},
 }
 
 
@@ -310,18 +310,22 @@ def test_a_pickled_checkpoint_is_read_without_running_code(small: None, tmp_path
     folder = resolve_model_dir(str(tmp_path / "old.ckpt"))
     assert_same(states(load_pipeline(folder, torch.float32, CPU)), parts)
     (tmp_path / "model.gguf").touch()
-    with pytest.raises(UserError, match=r"a \.gguf is no model"):
+    with pytest.raises(UserError, match=r"a \.gguf file is not a model"):
         resolve_model_dir(str(tmp_path / "model.gguf"))
 
 
 def test_a_file_is_planned_prepared_trained_sampled_and_exported(
     small: None, tmp_path: Path, few_records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """v-prediction by the file's marker, all the way; the UNet of a second file as the start."""
-    file, parts = write(tmp_path / "model.safetensors", "sdxl", markers={"v_pred": torch.zeros(0)})
+    """Zero-SNR v-prediction by the key, all the way; the UNet of a second file as the start.
+
+    With prediction_type left at auto the file is refused, so every step that forgets the key fails.
+    """
+    file, parts = write(tmp_path / "model.safetensors", "sdxl", markers={"ztsnr": torch.zeros(0)})
     start = {name: tensor + 0.01 for name, tensor in original_checkpoint(make_parts("sdxl")).items()}
     save_file(start, tmp_path / "start.safetensors")
     settings = [f"model={file}", f"unet={tmp_path}/start.safetensors", f"records={few_records}", "resolution=64"]
+    settings += ["prediction_type=v_prediction_zero_snr"]
     settings += [f"store={tmp_path}/store", f"output_dir={tmp_path}", "method=dpo", "evaluate=false", "tracker=none"]
     config = load_config("", [*settings, "steps=1", "batch_size=2", "lora_rank=2", "name=run"])
     with monkeypatch.context() as only_a_plan:
@@ -331,9 +335,11 @@ def test_a_file_is_planned_prepared_trained_sampled_and_exported(
     run_training(config)
     (drawn,) = run_sample(config, ["a cat"], [0], lora=tmp_path / "run", out_dir=tmp_path / "samples", progress=False)
     assert drawn.is_file()
+    chosen = {"model": str(file), "prediction_type": "v_prediction_zero_snr"}
+    assert run_export(tmp_path / "run", tmp_path / "kohya.safetensors", layout="kohya", **chosen).is_file()
     out = run_export(tmp_path / "run", tmp_path / "out")
     pipe = StableDiffusionXLPipeline.from_pretrained(out)
-    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert pipe.scheduler.config.prediction_type == "v_prediction" and pipe.scheduler.config.rescale_betas_zero_snr
     assert torch.equal(pipe.unet.conv_in.weight, start["model.diffusion_model.input_blocks.0.0.weight"])
     assert_same({"vae": plain(pipe.vae.state_dict())}, {"vae": parts["vae"]})
 

@@ -148,6 +148,7 @@ def test_a_file_that_does_not_fit_is_one_line(models: dict[str, Path], tmp_path:
         ({"modelspec.prediction_type": "epsilon"}, [], None),
         ({"modelspec.prediction_type": "v"}, [], "for v_prediction, the model's scheduler is for epsilon"),
         (None, ["v_pred", "ztsnr"], "for v_prediction"),
+        (None, ["ztsnr"], "ends in pure noise, the model's scheduler does not"),
         ({"modelspec.prediction_type": "rectified_flow"}, [], "predicts 'rectified_flow'"),
     ],
 )
