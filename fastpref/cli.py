@@ -102,7 +102,7 @@ def sample(
     prompts: Annotated[Path | None, typer.Option(help="prompts from txt, json, jsonl or parquet")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="pictures per prompt")] = 1,
     lora: Annotated[Path | None, typer.Option(help="LoRA file, or folder (a run directory, peft's) with one")] = None,
-    unet: Annotated[Path | None, typer.Option(help="UNet folder of a full fine-tuning")] = None,
+    unet: Annotated[Path | None, typer.Option(help="UNet, folder or file, of a full fine-tuning")] = None,
     out: Annotated[Path, typer.Option(help="where the pictures go")] = Path("samples"),
 ) -> None:
     """Draw pictures, deterministic per prompt and seed, with or without a LoRA."""
@@ -215,24 +215,23 @@ def score(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(metavar="PATH", help="run directory, LoRA file or folder, or UNet folder")],
+    run: Annotated[Path, typer.Argument(metavar="PATH", help="run directory, LoRA or UNet (file or folder)")],
     out: Annotated[Path, typer.Option(help="file (LoRA layouts) or folder (pipeline) to write")],
-    model: Annotated[str | None, typer.Option(help="pipeline folder it is for; default: the run's own")] = None,
-    prediction_type: Annotated[
-        PredictionType, typer.Option(help="of a --model in one file that does not say")
-    ] = "auto",
+    model: Annotated[
+        str | None, typer.Option(help="the model it is for, a folder or file; default: the run's own")
+    ] = None,
+    prediction_type: Annotated[PredictionType, typer.Option(help="what a --model in one file predicts")] = "auto",
     layout: Annotated[Layout, typer.Option(help="merged pipeline folder, or LoRA file in that naming")] = "pipeline",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT if it exists")] = False,
 ) -> None:
     """Write a merged pipeline folder, or the LoRA in diffusers' or kohya/ComfyUI naming.
 
-    A LoRA or UNet that no run is beside, as others publish them, needs --model.
+    A LoRA or UNet without a run beside it, as others publish them, needs --model.
     """
     from fastpref.models.export import run_export
 
-    typer.echo(
-        f"{run_export(run, out, layout=layout, model=model, prediction_type=prediction_type, overwrite=overwrite)}"
-    )
+    base: dict[str, Any] = {"model": model, "prediction_type": prediction_type}
+    typer.echo(f"{run_export(run, out, layout=layout, **base, overwrite=overwrite)}")
 
 
 @app.command()
