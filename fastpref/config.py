@@ -107,8 +107,8 @@ class Config(BaseModel):
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of pairs trained with the empty prompt")
     size_conditioning: Literal["target", "winner"] = Field(
         "target",
-        description="SDXL is told one size a pair, else it learns to read it: the training resolution, as in sampling, "
-        "or the winner's file's size and crop (sft, dpo, rpo)",
+        description="the size that SDXL is told of both pictures of a pair: target, the training resolution, as in "
+        "sampling; winner, the size and crop of the winner's file (sft, dpo, rpo)",
     )
     timestep_range: tuple[int, int] | None = Field(
         None, description="draw timesteps from [low, high); spo, lpo: pools there, the rollout ends below; default: all"
@@ -142,7 +142,7 @@ class Config(BaseModel):
     )
     score_at: Literal["next", "current"] = Field(
         "next",
-        description="lpo: judge candidates at their own timestep; current: at that of the step before (official)",
+        description="lpo: score candidates at their own timestep (next) or that of the step before (current, official)",
     )
     eta: float = Field(1.0, gt=0, le=1, description="DDIM's noise in the rollout; 1 is DDPM's")
     rollout_lora: Literal["auto", "merged", "adapter"] = Field(
@@ -222,7 +222,7 @@ class Config(BaseModel):
     max_reject_share: float = Field(0.05, ge=0, le=1, description="prepare fails above this share of bad records")
     max_caption_tokens: Literal[77, 150, 225] = Field(
         77,
-        description="longer captions are cut; 150, 225: encode them in 2, 3 blocks of 75, training and drawing alike",
+        description="longer captions are cut; 150, 225: encode captions in 2, 3 blocks of 75, in training and drawing",
     )
     shard_size: int = Field(1024, ge=1, description="rows in a shard of the store")
     prepare_batch_size: int = Field(16, ge=1, description="images, captions or (ledger) pairs a call")

@@ -59,7 +59,9 @@ def check_config(config: Config) -> None:
     if config.reference == "adapter" and config.train == "full":
         raise ValueError("reference is adapter with train full, which has no adapter: use copy")
     if config.size_conditioning == "winner" and config.method not in OFFLINE_METHODS:
-        raise ValueError(f"size_conditioning is winner with method {config.method}, told the target size: use target")
+        raise ValueError(
+            f"size_conditioning is winner with method {config.method}, which tells the target size: use target"
+        )
     if config.step_in_backward:
         _check_step_in_backward(config)
     if config.pure_bf16 and not (config.step_in_backward and config.precision == "bf16"):
@@ -131,7 +133,7 @@ def _check_stepwise(config: Config) -> None:
     unused = ("safeguard", "sft_weight", "caption_dropout", "label_noise", "label_smoothing", "relabel", "draws")
     _refuse(config, unused)
     if config.score_at == "current" and config.method != "lpo":
-        raise ValueError(f"score_at is current with method {config.method}, whose scorer sees x0 at its own timestep")
+        raise ValueError(f"score_at is current with method {config.method}: lpo alone has the choice")
     branched = config.sample_steps - config.plain_steps
     if branched < 1:
         raise ValueError(f"plain_steps is {config.plain_steps}, must be below sample_steps {config.sample_steps}")

@@ -63,9 +63,8 @@ def evaluate_pair_accuracy(config: Config, *, folder: Path | None = None) -> dic
         folder: a trained model; None: the one that training starts from.
 
     Returns:
-        ``pair_accuracy: {timestep: share of pairs whose winner has the higher score, equal
-        scores counting a half}``, ``pair_margin`` (mean of
-        s_w - s_l, by timestep) and ``details`` with the number of pairs and the work.
+        ``pair_accuracy: {timestep: share of pairs whose winner has the higher score}``, where equal scores count a
+        half, ``pair_margin`` (mean of s_w - s_l, by timestep) and ``details`` with the number of pairs and the work.
 
     Raises:
         UserError: a model or the records cannot be used, or there is no pair without a tie.

@@ -90,7 +90,7 @@ def run_export(
         source: a run directory, a LoRA file or folder, or a UNet folder or file.
         out: for ``pipeline`` a folder, else a .safetensors file.
         layout: ``pipeline``: the base with the trained weights merged; ``diffusers``, ``kohya``: a LoRA in that naming.
-        model: base pipeline folder or file; default: what the run it is in started from, by its ``config.yaml``.
+        model: base pipeline folder or file; default: what its run started from, by ``config.yaml``.
         prediction_type: of a ``model`` in one file that does not say it.
         dtype: of the written weights; default as stored.
         overwrite: replace an existing ``out``.
@@ -168,5 +168,7 @@ def _start_of_run(source: Path) -> tuple[Path, Path | None]:
         model, prediction_type = str(settings["model"]), str(settings.get("prediction_type", "auto"))
         unet = settings.get("unet")
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        raise UserError("no run beside it says which model it is for", str(source), "give --model FOLDER") from None
+        raise UserError(
+            "there is no run beside it that tells its model", str(source), "give --model FOLDER or FILE"
+        ) from None
     return resolve_model_dir(model, prediction_type), None if unet is None else Path(unet)

@@ -100,7 +100,7 @@ def read_lora(
     for key in tensors:
         for mark, kind in _OTHER_ADAPTERS:
             if mark.search(key):
-                raise UserError(f"'{key}' is of {kind}, not of a plain LoRA", where, "only plain LoRAs are read")
+                raise UserError(f"'{key}' belongs to {kind}, not to a plain LoRA", where, "only plain LoRAs are read")
     if any(key.startswith(TEXT_ENCODERS) for key in tensors):
         if text_encoders == "refuse":
             raise UserError("the LoRA has text-encoder weights", where, "only UNet LoRAs can be trained on or merged")

@@ -50,14 +50,14 @@ def folder_config(file: Path, keys: Mapping[str, Any] | list[str]) -> Path | Non
     """The ``adapter_config.json`` that belongs to a LoRA file with these keys; None for a file that peft did not write.
 
     Raises:
-        UserError: peft wrote the file, and what says how strong it is has got lost.
+        UserError: peft wrote the file, and the configuration that states its strength is missing.
     """
     if file.name != "adapter_model.safetensors" and not any(key.startswith("base_model.model.") for key in keys):
         return None
     config = file.with_name(ADAPTER_CONFIG)
     if not config.is_file():
-        todo = f"put the {ADAPTER_CONFIG} that says its alpha beside it"
-        raise UserError("peft wrote the LoRA, and its strength is not known", str(file), todo)
+        todo = f"put its {ADAPTER_CONFIG}, which states alpha, beside it"
+        raise UserError("the strength of this LoRA, which peft wrote, is not known", str(file), todo)
     return config
 
 

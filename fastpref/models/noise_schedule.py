@@ -94,7 +94,7 @@ def ddim_settings(config: Mapping[str, Any], where: str, pipeline_class: str | N
     settings = {key: given.get(key, value) for key, value in settings.items()}
     _check_values(settings, where)
     if settings["rescale_betas_zero_snr"] and settings["prediction_type"] == "epsilon":
-        what = "rescale_betas_zero_snr is set with prediction_type epsilon, which says nothing of the picture there"
+        what = "rescale_betas_zero_snr is set with prediction_type epsilon, which says nothing about the last timestep"
         raise UserError(what, where, "models of zero terminal SNR predict v")
     return {**settings, "clip_sample": False, "set_alpha_to_one": False}
 
@@ -111,7 +111,11 @@ def noise_schedule(settings: dict[str, Any], where: str) -> NoiseSchedule:
     if not (alphas[:-1] > alphas[1:]).all() or alphas[0] >= 1 or alphas[-1] < 0:
         raise UserError("the noise levels do not rise from every timestep to the next", where, "check the betas")
     if alphas[-1] == 0 and settings["prediction_type"] == "epsilon":
-        raise UserError("nothing is left of the picture at the last timestep", where, "with that, models predict v")
+        raise UserError(
+            "nothing is left of the picture at the last timestep",
+            where,
+            "a model with such a schedule has to predict v",
+        )
     return NoiseSchedule(alphas, settings["prediction_type"])
 
 
@@ -119,7 +123,7 @@ def _check_class(name: Any, where: str) -> None:
     if isinstance(name, str) and name in DEFAULT_BETAS:
         return
     kind = next((kind for start, kind in _KINDS.items() if str(name).startswith(start)), None)
-    what = f"the scheduler is {name}" + (f", that of {kind}" if kind else ", which fastpref does not know")
+    what = f"the scheduler is {name}" + (f", which is for {kind}" if kind else ", which fastpref does not know")
     raise UserError(what, where, _TODO)
 
 
@@ -131,13 +135,17 @@ def _check_values(settings: Mapping[str, Any], where: str) -> None:
     timesteps = settings["num_train_timesteps"]
     for key, least in (("num_train_timesteps", 2), ("steps_offset", 0)):
         if type(settings[key]) is not int or settings[key] < least:
-            raise UserError(f"{key} is {settings[key]!r} in the scheduler config", where, f"it is a number >= {least}")
+            raise UserError(
+                f"{key} is {settings[key]!r} in the scheduler config", where, f"it has to be a whole number >= {least}"
+            )
     betas = settings["trained_betas"]
     if betas is None:
         betas = [settings["beta_start"], settings["beta_end"]]
     elif not isinstance(betas, list | tuple) or len(betas) != timesteps:
         size = len(betas) if isinstance(betas, list | tuple) else "no"
-        raise UserError(f"{size} trained_betas for {timesteps} timesteps in the scheduler config", where, "one each")
+        raise UserError(
+            f"{size} trained_betas for {timesteps} timesteps in the scheduler config", where, "it takes one a timestep"
+        )
     for beta in betas:
         if type(beta) not in (int, float) or not math.isfinite(beta) or not 0 < beta < 1:
             raise UserError(f"a beta is {beta!r} in the scheduler config", where, "betas lie between 0 and 1")

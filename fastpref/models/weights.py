@@ -86,7 +86,11 @@ def weights_of(folder: Path) -> Weights:
     found = find_weights(folder)
     if found is None:
         others = sorted(file.name for pattern in _ANY for file in folder.glob(pattern))
-        has = f"there are only {', '.join(others[:3])}" if others else "diffusion_pytorch_model.safetensors, say"
+        has = (
+            f"there are only {', '.join(others[:3])}"
+            if others
+            else "it needs diffusion_pytorch_model.safetensors or the like"
+        )
         raise UserError("no weights that can be loaded", str(folder), f"{has}; copy the model again")
     return found
 

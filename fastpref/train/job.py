@@ -109,8 +109,9 @@ class TrainJob:
     def _check_trained(self) -> None:
         """Without one step that was applied there is nothing to export."""
         if self.trainer.skipped >= self.config.steps:
+            why = "each had a loss or gradient that is not finite, so nothing is exported"
             error = UserError(
-                f"none of {self.config.steps} steps was applied: no loss and gradient were finite, nothing is exported",
+                f"none of {self.config.steps} steps was applied: {why}",
                 str(self.config.run_dir),
                 "check the model's weights, lower learning_rate, or use precision=fp32 or more steps",
             )

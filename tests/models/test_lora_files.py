@@ -258,7 +258,7 @@ def test_the_adapter_of_a_unet_is_written_as_strong_as_it_acts(sdxl: Path, tmp_p
         ({"alpha_pattern": {"(": 3}}, "configuration is damaged"),
         ({"alpha_pattern": [3]}, "configuration is damaged"),
         (None, "not a JSON object"),
-        ("missing", "strength is not known"),
+        ("missing", "strength of this LoRA, which peft wrote, is not known"),
     ],
     ids=str,
 )

@@ -174,7 +174,7 @@ def test_every_command_refuses_before_it_begins(folder: Path, tmp_path: Path, co
     before = set(tmp_path.rglob("*"))
     answer = CliRunner().invoke(app, [str(places.get(word, word)) for word in command.split()])
     assert isinstance(answer.exception, UserError), answer.output
-    assert f"the scheduler is {FLOW}, that of a flow-matching model" in str(answer.exception)
+    assert f"the scheduler is {FLOW}, which is for a flow-matching model" in str(answer.exception)
     assert set(tmp_path.rglob("*")) == before
 
 
