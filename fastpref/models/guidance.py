@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from fastpref.memory import moved
-from fastpref.models.loading import _read_json, model_family
+from fastpref.models.loading import model_family, read_part_json
 from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.policy import Conditioning
 
@@ -89,7 +89,7 @@ def empty_conditioning(model_dir: Path, prompt_embeds: torch.Tensor, pooled: tor
     Args:
         prompt_embeds: (1, L, D) of the empty prompt. pooled: (1, P), SDXL only.
     """
-    if model_family(model_dir) == "sdxl" and _read_json(model_dir / "model_index.json").get(
+    if model_family(model_dir) == "sdxl" and read_part_json(model_dir / "model_index.json").get(
         "force_zeros_for_empty_prompt", True
     ):
         return Conditioning(torch.zeros_like(prompt_embeds), None if pooled is None else torch.zeros_like(pooled))

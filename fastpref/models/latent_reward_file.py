@@ -19,7 +19,7 @@ from fastpref.atomic import write_json, write_tensors
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.models.latent_reward import LatentRewardModel
-from fastpref.models.loading import Family, _open, _read_json, load_unet, model_family
+from fastpref.models.loading import Family, load_unet, model_family, open_part, read_part_json
 from fastpref.models.similarity import resolve_clip_dir
 from fastpref.models.state_dict import read_state_dict, refuse
 from fastpref.models.weights import weights_of
@@ -109,7 +109,7 @@ def load_latent_reward(
                 UNet2DConditionModel.from_config(config.unet), config.text_width, config.guidance_scale
             )
 
-    model = _open(build, folder / CONFIG_NAME)
+    model = open_part(build, folder / CONFIG_NAME)
     expected = {name: value.shape for name, value in model.state_dict().items()}
     wrong = [name for name in expected.keys() & state.keys() if state[name].shape != expected[name]]
     refuse(folder / WEIGHTS_NAME, expected.keys() - state.keys(), state.keys() - expected.keys(), wrong)
@@ -123,7 +123,7 @@ def read_latent_reward_config(folder: Path) -> LatentRewardConfig:
     path, todo = folder / CONFIG_NAME, "give the latent_reward_model folder that method lrm wrote"
     if not folder.is_dir() or not is_latent_reward(folder):
         raise UserError("no latent reward model there", str(folder), todo)
-    settings = _read_json(path)
+    settings = read_part_json(path)
     try:
         return LatentRewardConfig.model_validate(settings)
     except ValidationError as error:
@@ -183,7 +183,7 @@ def _text_projection(clip: str, width: int) -> torch.Tensor:
     folder = resolve_clip_dir(clip)
     options = weights_of(folder).options
     load = partial(CLIPTextModelWithProjection.from_pretrained, folder, dtype=torch.float32, **options)
-    weight = _open(load, folder).text_projection.weight.detach()
+    weight = open_part(load, folder).text_projection.weight.detach()
     if weight.shape != (width, width):
         what = f"the CLIP's text projection is {tuple(weight.shape)}, the model's text rows need {(width, width)}"
         raise UserError(what, str(folder), "set clip to the CLIP whose text encoder the model has, or to null")

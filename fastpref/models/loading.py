@@ -84,7 +84,7 @@ def model_family(path: Path) -> Family:
         raise UserError(
             "no model_index.json: not a diffusers pipeline folder", str(path), "give the pipeline's top folder"
         )
-    name = _read_json(index).get("_class_name")
+    name = read_part_json(index).get("_class_name")
     if name not in _FAMILIES:
         raise UserError(f"a {name} is not supported", str(path), "fastpref aligns SDXL and SD1.5 pipelines")
     return _FAMILIES[name]
@@ -135,22 +135,23 @@ def resolve_device(device: str) -> torch.device:
 def load_vae(path: Path, precision: str, device: torch.device) -> AutoencoderKL:
     """The VAE in a precision it survives: 'auto' is fp32 where ``force_upcast`` says so, else bf16 on a GPU."""
     if precision == "auto":
-        upcast = _read_json(path / "vae" / "config.json").get("force_upcast", True)
+        upcast = read_part_json(path / "vae" / "config.json").get("force_upcast", True)
         precision = "fp32" if upcast or device.type == "cpu" else "bf16"
-    return _load_vae(path, DTYPES[precision]).to(device)
+    return open_vae(path, DTYPES[precision]).to(device)
 
 
-def _load_vae(path: Path, dtype: torch.dtype) -> AutoencoderKL:
+def open_vae(path: Path, dtype: torch.dtype) -> AutoencoderKL:
+    """The VAE of a pipeline folder, on the CPU; nothing of it is trained."""
     from diffusers import AutoencoderKL
 
     options = weights_of(path / "vae").options
-    vae = _open(partial(AutoencoderKL.from_pretrained, path / "vae", dtype=dtype, **options), path)
+    vae = open_part(partial(AutoencoderKL.from_pretrained, path / "vae", dtype=dtype, **options), path)
     return vae.eval().requires_grad_(False)
 
 
 def vae_scale_factor(path: Path) -> int:
     """Pixels per latent along one side, as the diffusers pipelines count them."""
-    blocks = _read_json(path / "vae" / "config.json").get("block_out_channels", [1])
+    blocks = read_part_json(path / "vae" / "config.json").get("block_out_channels", [1])
     return 2 ** (len(blocks) - 1)
 
 
@@ -181,9 +182,9 @@ def empty_unet(folder: Path) -> UNet2DConditionModel:
     """The UNet that a folder's ``config.json`` describes, on the meta device: no weights are read."""
     from diffusers import UNet2DConditionModel
 
-    config = _read_json(folder / "config.json")
+    config = read_part_json(folder / "config.json")
     with torch.device("meta"):
-        return _open(partial(UNet2DConditionModel.from_config, config), folder)
+        return open_part(partial(UNet2DConditionModel.from_config, config), folder)
 
 
 def _check_prediction(path: Path, unet: Path) -> None:
@@ -202,20 +203,20 @@ def _check_prediction(path: Path, unet: Path) -> None:
 def _open_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
-    _read_json(folder / "config.json")
+    read_part_json(folder / "config.json")
     options = weights_of(folder).options
-    return _open(lambda: UNet2DConditionModel.from_pretrained(folder, dtype=dtype, **options), folder)
+    return open_part(lambda: UNet2DConditionModel.from_pretrained(folder, dtype=dtype, **options), folder)
 
 
 def scheduler_settings(path: Path) -> dict[str, Any]:
     """The folder's scheduler config as :func:`fastpref.models.noise_schedule.ddim_settings` reads it."""
-    named = _read_json(path / "model_index.json").get("scheduler")
+    named = read_part_json(path / "model_index.json").get("scheduler")
     library, name = named if isinstance(named, list) and len(named) == 2 else (None, None)
     if library != "diffusers" or not isinstance(name, str):
         what = f"model_index.json says that the scheduler is {named}"
         raise UserError(what, str(path), 'it has to be of the form ["diffusers", "DDIMScheduler"]')
     file = path / "scheduler" / "scheduler_config.json"
-    return ddim_settings(_read_json(file), str(file), name)
+    return ddim_settings(read_part_json(file), str(file), name)
 
 
 def load_noise_schedule(path: Path) -> NoiseSchedule:
@@ -227,7 +228,8 @@ def load_noise_schedule(path: Path) -> NoiseSchedule:
     return noise_schedule(scheduler_settings(path), f"{path}/scheduler")
 
 
-def _open(load: Any, where: Path) -> Any:
+def open_part(load: Any, where: Path) -> Any:
+    """What ``load()`` gives, without progress bars; what it raises becomes a :class:`UserError` in one line."""
     from diffusers.utils import logging as diffusers_logging
     from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
@@ -240,13 +242,14 @@ def _open(load: Any, where: Path) -> Any:
         raise UserError("cannot load the model", str(where), " ".join(str(error).split())[:300]) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_part_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a model's folder; :class:`UserError` if it is missing or damaged."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError("cannot read the file", str(path), str(error)) from None
     if not isinstance(value, dict):
-        raise UserError("the file is no JSON object", str(path), "copy the model again")
+        raise UserError("the file is not a JSON object", str(path), "copy the model again")
     return value
 
 

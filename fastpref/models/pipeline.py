@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastpref.models.loading import _load_vae, _open, load_unet
+from fastpref.models.loading import load_unet, open_part, open_vae
 from fastpref.models.text import load_text_stack
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def load_pipeline(path: Path, dtype: torch.dtype, device: torch.device) -> Diffu
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     # Each part on its own, as training opens it: one may have a variant alone and the next none.
-    parts: dict[str, Any] = {"unet": load_unet(path, dtype), "vae": _load_vae(path, dtype)}
+    parts: dict[str, Any] = {"unet": load_unet(path, dtype), "vae": open_vae(path, dtype)}
     text = load_text_stack(path, dtype, torch.device("cpu"))
     parts |= {f"text_encoder{suffix}": encoder for suffix, encoder in zip(("", "_2"), text.encoders, strict=False)}
     if text.family == "sdxl":
@@ -28,6 +28,6 @@ def load_pipeline(path: Path, dtype: torch.dtype, device: torch.device) -> Diffu
     else:
         off = {"safety_checker": None, "requires_safety_checker": False}
         load = partial(StableDiffusionPipeline.from_pretrained, path, **off)
-    pipe = _open(partial(load, dtype=dtype, **parts), path)
+    pipe = open_part(partial(load, dtype=dtype, **parts), path)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastpref.errors import UserError
-from fastpref.models.loading import _open
+from fastpref.models.loading import open_part
 from fastpref.models.weights import weights_of
 
 if TYPE_CHECKING:
@@ -35,12 +35,12 @@ class ClipEncoder:
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
         self.device = torch.device(device)
-        self.model: Any = _open(
+        self.model: Any = open_part(
             partial(CLIPModel.from_pretrained, path, dtype=torch.float32, **weights_of(path).options), path
         )
         self.model.to(self.device).eval().requires_grad_(False)
-        self.tokenizer = _open(partial(CLIPTokenizer.from_pretrained, path), path)
-        self.processor = _open(partial(CLIPImageProcessorPil.from_pretrained, path), path)
+        self.tokenizer = open_part(partial(CLIPTokenizer.from_pretrained, path), path)
+        self.processor = open_part(partial(CLIPImageProcessorPil.from_pretrained, path), path)
         self.width = int(self.model.config.projection_dim)
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 
 from fastpref.atomic import write_tensors
 from fastpref.errors import UserError
-from fastpref.models.loading import _open
+from fastpref.models.loading import open_part
 from fastpref.models.similarity import resolve_clip_dir
 from fastpref.models.state_dict import read_state_dict, refuse
 from fastpref.models.step_preference import ClipScorer, Preprocess, StepPreferenceModel
@@ -170,9 +170,9 @@ def _clip(folder: Path, state: dict[str, torch.Tensor] | None, where: Path, dtyp
     if state is None:
         load = partial(CLIPModel.from_pretrained, folder, **options, **weights_of(folder).options)
     else:
-        config = _open(partial(CLIPConfig.from_pretrained, folder), folder)
+        config = open_part(partial(CLIPConfig.from_pretrained, folder), folder)
         load = partial(CLIPModel.from_pretrained, None, config=config, state_dict=state, **options)
-    model, info = _open(load, where)
+    model, info = open_part(load, where)
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
     refuse(where, info["missing_keys"], info["unexpected_keys"] if state is not None else (), mismatched)
     return model
@@ -183,7 +183,7 @@ def _tokenizer(folder: Path) -> Any:
 
     if not (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
         raise UserError("the CLIP folder has no tokenizer", str(folder), "copy the tokenizer of its base CLIP there")
-    return _open(partial(CLIPTokenizer.from_pretrained, folder), folder)
+    return open_part(partial(CLIPTokenizer.from_pretrained, folder), folder)
 
 
 def _preprocess(folder: Path) -> Preprocess:

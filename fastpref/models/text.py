@@ -23,7 +23,7 @@ import torch
 
 from fastpref.errors import UserError
 from fastpref.models.caption_length import BLOCKS
-from fastpref.models.loading import Family, _open, _read_json, model_family
+from fastpref.models.loading import Family, model_family, open_part, read_part_json
 from fastpref.models.weights import weights_of
 
 
@@ -119,7 +119,7 @@ def load_text_stack(path: Path, dtype: torch.dtype, device: torch.device, max_ca
     for suffix in _suffixes(path):
         folder = path / f"text_encoder{suffix}"
         load = partial(kinds[suffix].from_pretrained, folder, dtype=dtype, **weights_of(folder).options)
-        encoders.append(_open(load, path).to(device).eval().requires_grad_(False))
+        encoders.append(open_part(load, path).to(device).eval().requires_grad_(False))
     return TextStack(family, [_tokenizer(path, s) for s in _suffixes(path)], encoders, device, max_caption_tokens)
 
 
@@ -136,11 +136,11 @@ def _suffixes(path: Path) -> Iterable[str]:
 def _tokenizer(path: Path, suffix: str) -> Any:
     from transformers import CLIPTokenizer
 
-    tokenizer: Any = _open(partial(CLIPTokenizer.from_pretrained, path / f"tokenizer{suffix}"), path)
+    tokenizer: Any = open_part(partial(CLIPTokenizer.from_pretrained, path / f"tokenizer{suffix}"), path)
     if None in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         todo = "copy the tokenizer's files from the base model again"
         raise UserError("the tokenizer has no start, end or padding token", str(path / f"tokenizer{suffix}"), todo)
-    positions = _read_json(path / f"text_encoder{suffix}" / "config.json").get("max_position_embeddings", 77)
+    positions = read_part_json(path / f"text_encoder{suffix}" / "config.json").get("max_position_embeddings", 77)
     tokenizer.model_max_length = _length(tokenizer, positions)
     return tokenizer
 

@@ -14,7 +14,7 @@ import torch
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.models.latent_reward_file import check_latent_reward, is_latent_reward, load_latent_reward
-from fastpref.models.loading import DTYPES, _open, _read_json, load_vae, model_family, model_fingerprint
+from fastpref.models.loading import DTYPES, load_vae, model_family, model_fingerprint, open_part, read_part_json
 from fastpref.models.one_step import LatentDecoder
 from fastpref.models.prompt_book import PromptBook
 from fastpref.models.step_preference import ClipScorer
@@ -96,11 +96,11 @@ def load_small_decoder(folder: Path, vae: Any, dtype: torch.dtype, device: torch
 
     if not (folder / "config.json").is_file():
         raise UserError("no small decoder there", str(folder), "set small_decoder to an AutoencoderTiny folder")
-    kind = _read_json(folder / "config.json").get("_class_name")
+    kind = read_part_json(folder / "config.json").get("_class_name")
     if kind != "AutoencoderTiny":
         raise UserError(f"the small decoder is a {kind}", str(folder), "set small_decoder to an AutoencoderTiny folder")
     options = weights_of(folder).options
-    small: Any = _open(partial(AutoencoderTiny.from_pretrained, folder, torch_dtype=dtype, **options), folder)
+    small: Any = open_part(partial(AutoencoderTiny.from_pretrained, folder, torch_dtype=dtype, **options), folder)
     channels, own = small.config.latent_channels, vae.config.latent_channels
     if channels != own:
         what = f"the small decoder takes {channels} latent channels, the VAE has {own}"
@@ -128,7 +128,7 @@ def _open_latent(
         facts,
         source,
         family=model_family(model_dir),
-        channels=int(_read_json(model_dir / "vae" / "config.json").get("latent_channels", 4)),
+        channels=int(read_part_json(model_dir / "vae" / "config.json").get("latent_channels", 4)),
         text_width=(example.prompt_embeds if pooled is None else pooled).shape[-1],
         sizes=[book.size],
         model_fingerprint=model_fingerprint(model_dir),

@@ -107,7 +107,6 @@ class ShardedEngine:
 
     def step(self, learning_rate: float) -> float | None:
         if self._mixed:
-            self._mixed = False
             self.discard()
             return None
         for group in self.zero.param_groups:
@@ -128,6 +127,7 @@ class ShardedEngine:
         return torch.tensor(math.nan if norm is None else norm, dtype=torch.float64, device=loss.device)
 
     def discard(self) -> None:
+        self._mixed = False
         if not self.pending:
             return
         self.dropping, self.pending = True, False

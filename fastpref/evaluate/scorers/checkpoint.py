@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastpref.models.loading import _open
+from fastpref.models.loading import open_part
 from fastpref.models.state_dict import refuse
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def load_weights(kind: Any, config: Any, state: dict[str, Tensor], path: Path, *
             **options,
         )
 
-    model, info = _open(build, path)
+    model, info = open_part(build, path)
     refuse(path, info["missing_keys"], info["unexpected_keys"], [entry[0] for entry in info["mismatched_keys"]])
     return model.eval().requires_grad_(False)
 

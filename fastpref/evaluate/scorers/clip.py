@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastpref.errors import UserError
-from fastpref.models.loading import _open
+from fastpref.models.loading import open_part
 from fastpref.models.similarity import ClipEncoder
 from fastpref.models.state_dict import refuse
 from fastpref.models.weights import weights_of
@@ -34,14 +34,14 @@ class FolderClip(ClipEncoder):
         options = weights_of(path).options
         load = partial(CLIPModel.from_pretrained, path, dtype=torch.float32, output_loading_info=True, **options)
         try:
-            self.model, info = _open(load, path)
+            self.model, info = open_part(load, path)
         except SafetensorError as error:
             raise UserError("cannot read the weights", str(path), str(error)) from error
         refuse(path, info["missing_keys"])
         self.device = torch.device(device)
         self.model.to(self.device).eval().requires_grad_(False)
-        self.tokenizer: Any = _open(partial(CLIPTokenizer.from_pretrained, extra), extra)
-        self.processor: Any = _open(partial(CLIPImageProcessorPil.from_pretrained, extra), extra)
+        self.tokenizer: Any = open_part(partial(CLIPTokenizer.from_pretrained, extra), extra)
+        self.processor: Any = open_part(partial(CLIPImageProcessorPil.from_pretrained, extra), extra)
         self.width = int(self.model.config.projection_dim)
 
 

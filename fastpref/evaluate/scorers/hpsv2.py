@@ -12,7 +12,7 @@ import torch
 
 from fastpref.errors import UserError
 from fastpref.evaluate.scorers.checkpoint import count_layers, load_weights, normalise, to_float
-from fastpref.models.loading import _open
+from fastpref.models.loading import open_part
 from fastpref.models.state_dict import read_state_dict
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class HpsV2:
             raise UserError(
                 "no CLIP tokenizer", str(folder), "give tokenizer=FOLDER, e.g. an SDXL pipeline's tokenizer"
             )
-        self.tokenizer: Any = _open(partial(CLIPTokenizer.from_pretrained, folder), folder)
+        self.tokenizer: Any = open_part(partial(CLIPTokenizer.from_pretrained, folder), folder)
         if len(self.tokenizer) != config.text_config.vocab_size:
             what = f"the tokenizer has {len(self.tokenizer)} tokens, the checkpoint {config.text_config.vocab_size}"
             raise UserError(what, str(folder), "give CLIP's own tokenizer")

@@ -13,7 +13,7 @@ import torch
 from fastpref.errors import UserError
 from fastpref.evaluate.scorers.aesthetic import load_head
 from fastpref.evaluate.scorers.checkpoint import count_layers, load_weights, square_pixels
-from fastpref.models.loading import _open
+from fastpref.models.loading import open_part
 from fastpref.models.state_dict import read_state_dict
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _bert_tokenizer(folder: Path, vocab_size: int) -> Any:
 
     if not any((folder / file).is_file() for file in ("vocab.txt", "tokenizer.json")):
         raise UserError("no BERT tokenizer", str(folder), "give tokenizer=FOLDER with bert-base-uncased's vocab.txt")
-    tokenizer = _open(partial(BertTokenizer.from_pretrained, folder), folder)
+    tokenizer = open_part(partial(BertTokenizer.from_pretrained, folder), folder)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     if len(tokenizer) != vocab_size:
