@@ -25,7 +25,7 @@ MU = 0.9  # of Diffusion-SDPO's launcher for SD1.5
 
 
 class Case(NamedTuple):
-    """n pairs, winners first; ``beta`` in ALGORITHMS' convention, halved in the loss."""
+    """n pairs, winners first; ``beta`` is Diffusion-DPO's, which the loss halves."""
 
     pred: Tensor  # (2n, C, H, W)
     ref: Tensor

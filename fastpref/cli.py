@@ -122,7 +122,7 @@ def sample(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="PATH", help="run directory, pipeline folder or folder of pictures")],
+    run: Annotated[Path, typer.Argument(metavar="PATH", help="run directory, model (folder or file) or pictures")],
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="where the evaluation of a pipeline or of pictures goes")] = Path(
         "evaluation"
