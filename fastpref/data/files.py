@@ -58,7 +58,8 @@ class JsonlPart(PathsPart):
     def __init__(self, path: Path) -> None:
         self.path = path
         _check_utf8(path)
-        self._offsets = np.asarray([offset for offset, line in _lines(path) if line.strip()], dtype=np.int64)
+        filled = [offset for offset, line in _lines(path) if line.removeprefix(codecs.BOM_UTF8).strip()]
+        self._offsets = np.asarray(filled, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._offsets)

@@ -7,7 +7,6 @@ more. The denoising itself is the diffusers pipeline's own call, over the steps 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,6 +155,7 @@ def load_policy_pipeline(config: Config, *, lora: Path | None = None, unet: Path
         UserError: bad model, LoRA or UNet.
     """
     from fastpref.models.lora_file import load_adapter, resolve_lora
+    from fastpref.models.lora_text import load_text_adapters
     from fastpref.models.state_dict import check_finite
 
     folder, device = model_dir_of(config), resolve_device(config.device)
@@ -170,34 +170,8 @@ def load_policy_pipeline(config: Config, *, lora: Path | None = None, unet: Path
     if lora is not None:
         file = resolve_lora(Path(lora))
         load_adapter(pipeline.unet, file, text_encoders="ignore")
-        _load_text_encoders(pipeline, file)
+        load_text_adapters(pipeline, file)
     return pipeline
-
-
-def _load_text_encoders(pipeline: Any, file: Path) -> None:
-    """A LoRA's text-encoder weights, which fastpref does not train, as diffusers loads them."""
-    from fastpref.models.lora_file import TEXT_ENCODERS, read_tensors
-    from fastpref.models.lora_strength import METADATA_KEY
-
-    tensors, metadata = read_tensors(file)
-    tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(TEXT_ENCODERS)}
-    if not tensors:
-        return
-    try:
-        state, alphas = pipeline.lora_state_dict(tensors)
-        config = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
-        for name in ("text_encoder", "text_encoder_2"):
-            encoder = getattr(pipeline, name, None)
-            own = {key: value for key, value in (config or {}).items() if key.startswith(f"{name}.")}
-            if not any(key.startswith(f"{name}.") for key in state):
-                continue
-            if encoder is None:
-                raise ValueError(f"the model has no {name}")
-            pipeline.load_lora_into_text_encoder(
-                state, alphas, encoder, prefix=name, adapter_name="default", metadata=own or None
-            )
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError("the LoRA's text-encoder weights do not fit", str(file), str(error)[:300]) from None
 
 
 def run_sample(

@@ -21,14 +21,13 @@ from safetensors import SafetensorError, safe_open
 from fastpref.atomic import write_tensors
 from fastpref.errors import UserError
 from fastpref.models.lora_form import Lora, make_lora
-from fastpref.models.lora_naming import Numbering, kohya_name
+from fastpref.models.lora_naming import Numbering, kohya_name, text_encoder_of
 from fastpref.models.lora_strength import METADATA_KEY, config_alphas, folder_config, metadata_config, read_config
 from fastpref.models.lora_unet import fitted, lora_of
 from fastpref.models.state_dict import check_finite
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
-TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_")
 Layout = Literal["diffusers", "kohya"]
 
 _OTHER_ADAPTERS = [
@@ -101,11 +100,11 @@ def read_lora(
         for mark, kind in _OTHER_ADAPTERS:
             if mark.search(key):
                 raise UserError(f"'{key}' belongs to {kind}, not to a plain LoRA", where, "only plain LoRAs are read")
-    if any(key.startswith(TEXT_ENCODERS) for key in tensors):
+    if any(text_encoder_of(key) for key in tensors):
         if text_encoders == "refuse":
             raise UserError("the LoRA has text-encoder weights", where, "only UNet LoRAs can be trained on or merged")
         check_finite(tensors.items(), where, "a LoRA with such numbers is broken: save it again")
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(TEXT_ENCODERS)}
+        tensors = {key: tensor for key, tensor in tensors.items() if text_encoder_of(key) is None}
     numbering = Numbering.of(unet_config or {})
     lora = make_lora(tensors, None, where, numbering)
     said = _configured(file, tensors, metadata, lora.ranks)

@@ -79,6 +79,8 @@ def make_lora(
             raise UserError(
                 f"the two LoRA factors of {module} are not both there or differ in rank", where, "the file is damaged"
             )
+        if not down.shape[0]:
+            raise UserError(f"the LoRA of {module} has rank 0", where, "save it without the modules that have none")
         given = alpha.get(module) if isinstance(alpha, Mapping) else alpha
         alphas[module] = _agreed(module, down.shape[0], given, stored.get(module), where)
     return Lora(weights, alphas)

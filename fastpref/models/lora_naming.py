@@ -15,6 +15,17 @@ from typing import Any, Literal
 
 KOHYA_PREFIX = "lora_unet_"
 Part = Literal["A", "B", "alpha"]
+# How the name of a text encoder's tensor begins, and which encoder that is: by diffusers, by kohya for SD1.5 and SDXL,
+# by ComfyUI.
+TEXT_ENCODERS = {
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+}
 
 _PREFIX = re.compile(r"^(?:unet\.|base_model\.model\.|(?:model\.)?diffusion_model\.)+")
 _JOINED = (KOHYA_PREFIX, "lycoris_")
@@ -144,6 +155,14 @@ def lora_key(key: str, *, numbering: Numbering = PUBLIC) -> tuple[str, Part]:
             module = found["module"] + (".to_out.0" if leaf == ".to_out" else leaf)
             return module_name(module, numbering=numbering), _PARTS[found["part"]]
     raise ValueError(f"'{key}' is not a UNet LoRA weight")
+
+
+def text_encoder_of(key: str) -> tuple[str, str] | None:
+    """(encoder, the rest of the key) of a text encoder's tensor in any naming; None for every other."""
+    for prefix, encoder in TEXT_ENCODERS.items():
+        if key.startswith(prefix):
+            return encoder, key.removeprefix(prefix)
+    return None
 
 
 def _split(joined: str, name: str) -> str:

@@ -33,8 +33,8 @@ _APPLIED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def metadata_config(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
-    """The UNet's peft configuration in a file's metadata, if there is one.
+def metadata_config(metadata: Mapping[str, str], where: str, part: str = "unet") -> dict[str, Any] | None:
+    """The peft configuration of a part (``unet``, ``text_encoder``, …) in a file's metadata, if there is one.
 
     Raises:
         UserError: it is damaged.
@@ -42,8 +42,10 @@ def metadata_config(metadata: Mapping[str, str], where: str) -> dict[str, Any] |
     if METADATA_KEY not in metadata:
         return None
     every = _parsed(metadata[METADATA_KEY], f"the metadata '{METADATA_KEY}' is damaged", where)
-    own = {key.removeprefix("unet."): value for key, value in every.items() if key.startswith("unet.")}
-    return own or {key: value for key, value in every.items() if not key.startswith("text_encoder")} or None
+    own = {key.removeprefix(f"{part}."): value for key, value in every.items() if key.startswith(f"{part}.")}
+    if not own and part == "unet":
+        own = {key: value for key, value in every.items() if not key.startswith("text_encoder")}
+    return own or None
 
 
 def folder_config(file: Path, keys: Mapping[str, Any] | list[str]) -> Path | None:
@@ -64,7 +66,7 @@ def folder_config(file: Path, keys: Mapping[str, Any] | list[str]) -> Path | Non
 def read_config(path: Path) -> dict[str, Any]:
     """An ``adapter_config.json``."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError("cannot read the file", str(path), str(error)) from None
     return _parsed(text, f"{ADAPTER_CONFIG} is not a JSON object", str(path))

@@ -34,8 +34,8 @@ def lora_of(unet: torch.nn.Module, adapter: str = "default") -> Lora:
     return Lora(state, alphas)
 
 
-def fitted(lora: Lora, unet: torch.nn.Module, where: str) -> Lora:
-    """The LoRA with the names and shapes of the UNet's layers (on any device, meta included).
+def fitted(lora: Lora, unet: torch.nn.Module, where: str, part: str = "UNet") -> Lora:
+    """The LoRA with the names and shapes of the UNet's layers (on any device, meta included), or of another ``part``'s.
 
     Factors of a linear layer that have the shape of a 1 x 1 convolution's are the same numbers, and the reverse.
 
@@ -55,13 +55,13 @@ def fitted(lora: Lora, unet: torch.nn.Module, where: str) -> Lora:
         name, shape = layers.get(module.replace(".", "_"), ("", None))
         if shape is None:
             raise UserError(
-                "the LoRA is for another UNet", where, f"{module} is not a linear or convolution layer here"
+                f"the LoRA is for another {part}", where, f"{module} is not a linear or convolution layer here"
             )
         rank, ones = down.shape[0], (1,) * (len(shape) - 2)
         wanted = (rank, *shape[1:]), (shape[0], rank, *ones)
         if core_shape(down.shape) != core_shape(wanted[0]) or core_shape(up.shape) != core_shape(wanted[1]):
             sizes = f"{tuple(down.shape)} and {tuple(up.shape)}, the layer's weight is {tuple(shape)}"
-            raise UserError("the LoRA is for another UNet", where, f"the factors of {module} are {sizes}")
+            raise UserError(f"the LoRA is for another {part}", where, f"the factors of {module} are {sizes}")
         if name in alphas:
             raise UserError(f"the LoRA has weights for {name} twice", where, "the file is damaged")
         state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = down.reshape(wanted[0]), up.reshape(wanted[1])

@@ -81,6 +81,8 @@ def ddim_settings(config: Mapping[str, Any], where: str, pipeline_class: str | N
     for name in names:
         _check_class(name, where)
     unset = config.get("_use_default_values", [])  # diffusers fills them in and remembers that they were not given
+    if not isinstance(unset, list | tuple | set):
+        raise UserError("_use_default_values is not a list in the scheduler config", where, "remove it")
     given = {key: value for key, value in config.items() if value is not None and key not in unset}
     for key, values in _OTHER_PROCESSES.items():
         if given.get(key) in values:

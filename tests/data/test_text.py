@@ -60,7 +60,7 @@ def _jsonl(root: Path, encoding: str, picture: bytes) -> str:
     for name in ("a.png", "b.png"):
         (root / name).write_bytes(picture)
     line = json.dumps({"winner": "a.png", "loser": "b.png", "caption": MESSY}, ensure_ascii=False)
-    (root / "p.jsonl").write_bytes(written(line + "\r\n", encoding))
+    (root / "p.jsonl").write_bytes(written("\r\n" + line + "\r\n", encoding))
     return _record_of(root / "p.jsonl").caption
 
 

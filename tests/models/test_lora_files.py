@@ -6,6 +6,8 @@ diffusers' own merges stand beside it.
 
 from __future__ import annotations
 
+import argparse
+import copy
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -25,6 +27,7 @@ from fastpref.evaluate.sample import load_policy_pipeline
 from fastpref.models.export import run_export
 from fastpref.models.loading import unet_fingerprint
 from fastpref.models.lora_file import load_adapter, read_lora, resolve_lora, save_lora
+from fastpref.models.lora_text import load_text_adapters
 from fastpref.models.lora_unet import fitted, lora_of
 from fastpref.models.policy import load_policy
 
@@ -326,6 +329,7 @@ TINY_NAN = _pair() | {f"{PROJ}.lora_B.weight": torch.full((32, 2), torch.nan).to
         ({f"{PROJ}.hada_w1_a": torch.ones(2, 2)}, None, "a LoHa"),
         ({f"{PROJ}.lokr_w1": torch.ones(2, 2)}, None, "a LoKr"),
         ({key: tensor.to(torch.int8) for key, tensor in _pair().items()}, None, "torch.int8, not real numbers"),
+        ({key: tensor[:0] if "A" in key else tensor[:, :0] for key, tensor in _pair().items()}, None, "has rank 0"),
         (HOLED, None, "proj_in.lora_A.weight has 64 of 64 numbers that are NaN or infinite"),
         (ENDLESS, None, "NaN or infinite"),
         (TINY_NAN, None, "NaN or infinite"),
@@ -412,6 +416,67 @@ def test_text_encoder_weights_are_drawn_with_and_not_trained_on(sdxl: Path, tmp_
     settings = {"model": str(sdxl), "init_lora": str(tmp_path)}
     with pytest.raises(UserError, match="text-encoder weights"):
         load_policy(parse_config(settings), sdxl, torch.device("cpu"), needs_reference=False)
+
+
+LAYERS = ["self_attn.q_proj", "self_attn.out_proj", "mlp.fc1"]
+KOHYA_TEXT = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+COMFY_TEXT = {
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+}
+OLD_TEXT = {"self_attn.q_proj": "self_attn.to_q", "self_attn.out_proj": "self_attn.to_out", "mlp.fc1": "mlp.fc1"}
+TEXT_LAYOUTS: dict[str, Callable[[str, str], tuple[str, str, str]]] = {
+    "kohya": lambda part, path: (KOHYA_TEXT[part] + f"text_model.{path}".replace(".", "_"), ".lora_down", ".lora_up"),
+    "comfy": lambda part, path: (f"{COMFY_TEXT[part]}text_model.{path}", ".lora_down", ".lora_up"),
+    "diffusers": lambda part, path: (f"{part}.text_model.{path}", ".lora_A", ".lora_B"),
+    "diffusers, bare": lambda part, path: (f"{part}.{path}", ".lora_A", ".lora_B"),
+    "oldest": _oldest,
+    "old": lambda part, path: (f"{part}.text_model.{path}", ".lora_linear_layer.down", ".lora_linear_layer.up"),
+}
+
+
+@pytest.mark.parametrize("alpha", [None, 16.0])
+@pytest.mark.parametrize("layers", [LAYERS, LAYERS[:1]], ids=["all", "q alone"])
+@pytest.mark.parametrize("layout", TEXT_LAYOUTS)
+def test_text_encoder_weights_act_in_every_published_layout(
+    theirs: Any, tmp_path: Path, layout: str, layers: list[str], alpha: float | None
+) -> None:
+    pipe = copy.deepcopy(theirs)
+    state: State = {}
+    wanted: dict[tuple[str, str], torch.Tensor] = {}
+    torch.manual_seed(6)
+    for part in KOHYA_TEXT:
+        inner = getattr(getattr(pipe, part), "text_model", getattr(pipe, part))
+        for path in (f"encoder.layers.{number}.{layer}" for number in (0, 1) for layer in layers):
+            name, down, up = TEXT_LAYOUTS[layout](part, path)
+            weight = inner.get_submodule(path).weight
+            a, b = torch.randn(4, weight.shape[1]), torch.randn(weight.shape[0], 4)
+            state |= {f"{name}{down}.weight": a, f"{name}{up}.weight": b}
+            state |= {} if alpha is None else {f"{name}.alpha": torch.tensor(alpha)}
+            wanted[part, path] = (alpha or 4.0) / 4 * b @ a
+    save_file(state, tmp_path / "text.safetensors")
+    load_text_adapters(pipe, tmp_path / "text.safetensors")
+    found = {}
+    for part in KOHYA_TEXT:
+        inner = getattr(getattr(pipe, part), "text_model", getattr(pipe, part))
+        for path, layer in inner.named_modules():
+            if hasattr(layer, "lora_A"):
+                found[part, path] = layer.get_delta_weight("default")
+    assert found.keys() == wanted.keys()
+    for place, change in wanted.items():
+        torch.testing.assert_close(found[place], change)
+
+
+def test_text_encoder_weights_without_a_place_are_one_line(theirs: Any, sdxl: Path, tmp_path: Path) -> None:
+    file = tmp_path / "text.safetensors"
+    pair = {"text_encoder.encoder.layers.7.mlp.fc1.lora_A.weight": torch.ones(2, 32)}
+    pair |= {"text_encoder.encoder.layers.7.mlp.fc1.lora_B.weight": torch.ones(128, 2)}
+    save_file(pair | _pair(), file)
+    with pytest.raises(UserError, match=r"another text_encoder .*layers\.7\.mlp\.fc1 is not"):
+        load_policy_pipeline(parse_config({"model": str(sdxl)}), lora=file)
+    save_file({key.replace("encoder.", "encoder_2.", 1): tensor for key, tensor in pair.items()}, file)
+    with pytest.raises(UserError, match="has weights for text_encoder_2, the model has none"):
+        load_text_adapters(argparse.Namespace(text_encoder=theirs.text_encoder), file)
 
 
 def _tall(state: Mapping[str, torch.Tensor]) -> State:

@@ -112,6 +112,7 @@ FLOW = "FlowMatchEulerDiscreteScheduler"
         ({"num_train_timesteps": 3, "trained_betas": [0.1, 1.5, 0.2]}, "a beta is 1.5"),
         ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
         ({"num_train_timesteps": 1000.5}, "num_train_timesteps is 1000.5"),
+        ({"_use_default_values": 5}, "_use_default_values is not a list"),
         ({"steps_offset": -1}, "steps_offset is -1"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is set with prediction_type epsilon"),
         ({"rescale_betas_zero_snr": "yes"}, "rescale_betas_zero_snr is 'yes'"),
