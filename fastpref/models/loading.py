@@ -18,7 +18,7 @@ import torch
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.models.noise_schedule import NoiseSchedule, ddim_settings, noise_schedule
-from fastpref.models.unet_file import ZERO_SNR, read_unet, stated_prediction
+from fastpref.models.unet_file import ZERO_SNR, find_unet, read_unet, stated_prediction
 from fastpref.models.weights import tensor_facts, weights_of
 
 if TYPE_CHECKING:
@@ -173,8 +173,7 @@ def load_unet(path: Path, dtype: torch.dtype, unet: str | None = None) -> UNet2D
         # Copied even where the dtype is right: the file may be replaced while the model is in use.
         model.load_state_dict({name: state.pop(name).to(dtype, copy=True) for name in list(state)}, assign=True)
         return model.eval()
-    if unet is not None and not (source / "config.json").is_file():
-        raise UserError("no UNet there", unet, "give a folder with config.json and weights, or a .safetensors file")
+    unet_config(path, unet)
     return _open_unet(source, dtype)
 
 
@@ -185,6 +184,24 @@ def empty_unet(folder: Path) -> UNet2DConditionModel:
     config = read_part_json(folder / "config.json")
     with torch.device("meta"):
         return open_part(partial(UNet2DConditionModel.from_config, config), folder)
+
+
+def unet_config(path: Path, unet: str | None) -> dict[str, Any]:
+    """The config of the UNet that :func:`load_unet` opens; of a file no more than its tensors' names is looked at.
+
+    Raises:
+        UserError: no UNet there.
+    """
+    source = unet_source(path, unet)
+    if source.is_file():
+        if not find_unet([name for name, _, _ in tensor_facts(source)]):
+            raise UserError(
+                "no UNet in the file", str(source), "give a UNet's weights, or a checkpoint with a UNet in it"
+            )
+        source = path / "unet"
+    elif unet is not None and not (source / "config.json").is_file():
+        raise UserError("no UNet there", unet, "give a folder with config.json and weights, or a .safetensors file")
+    return read_part_json(source / "config.json")
 
 
 def _check_prediction(path: Path, unet: Path) -> None:

@@ -17,7 +17,7 @@ from fastpref.errors import UserError
 from fastpref.memory import resident_bytes
 from fastpref.models.caption_length import BLOCKS
 from fastpref.models.checkpoint import read_facts
-from fastpref.models.loading import model_dir_of, read_part_json, vae_scale_factor
+from fastpref.models.loading import model_dir_of, read_part_json, unet_config, vae_scale_factor
 from fastpref.models.public import UNETS
 from fastpref.models.weights import stored_values
 from fastpref.plan.cost import Batch, flops, store_line, traffic_bytes
@@ -139,7 +139,7 @@ def _shapes(config: Config, family: str | None) -> Shapes:
         return _public_shapes(config, read_facts(Path(config.model)).family)
     blocks = BLOCKS[config.max_caption_tokens]
     folder = model_dir_of(config)
-    unet = read_part_json(folder / "unet" / "config.json")
+    unet = unet_config(folder, config.unet)
     side = config.resolution // vae_scale_factor(folder)
     tokens = read_part_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77)
     return Shapes(unet, (int(unet.get("in_channels", 4)), side, side), int(tokens) * blocks)

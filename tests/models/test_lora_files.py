@@ -420,11 +420,17 @@ def test_text_encoder_weights_are_drawn_with_and_not_trained_on(sdxl: Path, tmp_
 
 LAYERS = ["self_attn.q_proj", "self_attn.out_proj", "mlp.fc1"]
 KOHYA_TEXT = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-COMFY_TEXT = {
-    "text_encoder": "text_encoders.clip_l.transformer.",
-    "text_encoder_2": "text_encoders.clip_g.transformer.",
-}
-OLD_TEXT = {"self_attn.q_proj": "self_attn.to_q", "self_attn.out_proj": "self_attn.to_out", "mlp.fc1": "mlp.fc1"}
+COMFY_TEXT = {part: f"text_encoders.clip_{letter}.transformer." for part, letter in zip(KOHYA_TEXT, "lg", strict=True)}
+
+
+def _oldest(part: str, path: str) -> tuple[str, str, str]:
+    """diffusers' attention processors, in files from before its own LoRA layers."""
+    if "self_attn" not in path:
+        return TEXT_LAYOUTS["old"](part, path)
+    old = path.replace("q_proj", "to_q").replace("out_proj", "to_out")
+    return f"{part}.text_model.{old}_lora", ".down", ".up"
+
+
 TEXT_LAYOUTS: dict[str, Callable[[str, str], tuple[str, str, str]]] = {
     "kohya": lambda part, path: (KOHYA_TEXT[part] + f"text_model.{path}".replace(".", "_"), ".lora_down", ".lora_up"),
     "comfy": lambda part, path: (f"{COMFY_TEXT[part]}text_model.{path}", ".lora_down", ".lora_up"),

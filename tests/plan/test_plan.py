@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
 
 from fastpref.config import Config, load_config, save_config
 from fastpref.errors import UserError
@@ -188,3 +190,15 @@ from fastpref.config import load_config
 from fastpref.plan.report import make_plan
 print(make_plan(load_config(sys.argv[1]), 1, "cpu").best.total)
 """
+
+
+def test_the_unet_of_the_recipe_is_counted_and_has_to_be_one(
+    sdxl_config: MakeConfig, one_level_unet: Path, tmp_path: Path
+) -> None:
+    config = sdxl_config("method=dpo", "train=full", f"unet={one_level_unet}")
+    unet = UNet2DConditionModel.from_config(json.loads((one_level_unet / "config.json").read_text()))
+    assert make_plan(config, 1, "h100").count.trained_values == sum(p.numel() for p in unet.parameters())
+    save_file({"lora_unet_conv_in.lora_down.weight": torch.zeros(1, 4)}, tmp_path / "lora.safetensors")
+    for name, message in (("lora.safetensors", "no UNet in the file"), ("missing", "no UNet there")):
+        with pytest.raises(UserError, match=message):
+            make_plan(sdxl_config(f"unet={tmp_path / name}"), 1, "h100")
