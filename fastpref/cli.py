@@ -220,7 +220,9 @@ def export(
     model: Annotated[
         str | None, typer.Option(help="the model it is for, a folder or file; default: the run's own")
     ] = None,
-    prediction_type: Annotated[PredictionType, typer.Option(help="what a --model in one file predicts")] = "auto",
+    prediction_type: Annotated[
+        PredictionType | None, typer.Option(help="what a --model in one file predicts; default: as its run says")
+    ] = None,
     layout: Annotated[Layout, typer.Option(help="merged pipeline folder, or LoRA file in that naming")] = "pipeline",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT if it exists")] = False,
 ) -> None:

@@ -80,7 +80,7 @@ def run_export(
     *,
     layout: Literal["pipeline", "diffusers", "kohya"] = "pipeline",
     model: str | None = None,
-    prediction_type: str = "auto",
+    prediction_type: str | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -91,7 +91,7 @@ def run_export(
         out: for ``pipeline`` a folder, else a .safetensors file.
         layout: ``pipeline``: the base with the trained weights merged; ``diffusers``, ``kohya``: a LoRA in that naming.
         model: base pipeline folder or file; default: what its run started from, by ``config.yaml``.
-        prediction_type: of a ``model`` in one file that does not say it.
+        prediction_type: what a ``model`` in one file predicts; default: the run's, else what the file says.
         dtype: of the written weights; default as stored.
         overwrite: replace an existing ``out``.
 
@@ -103,7 +103,7 @@ def run_export(
             numbers that are not finite.
     """
     lora, unet = trained_weights(source)
-    base, start = (resolve_model_dir(model, prediction_type), None) if model is not None else _start_of_run(source)
+    base, start = _start(source, model, prediction_type)
     if layout == "pipeline":
         unet = start if unet is None else unet  # a LoRA belongs onto the UNet that it was trained on
         return export_pipeline(base, out, lora=lora, unet=unet, dtype=dtype, overwrite=overwrite)
@@ -160,15 +160,26 @@ def _copy_parts(model_dir: Path, draft: Path) -> None:
                 copy.rename(copy.with_name(weights.plain_name(file)))
 
 
-def _start_of_run(source: Path) -> tuple[Path, Path | None]:
-    """The pipeline folder that a run trained on, and the UNet it took in place of that folder's."""
+def _start(source: Path, model: str | None, prediction_type: str | None) -> tuple[Path, Path | None]:
+    """The pipeline folder that the weights are for: ``model``, else the one that their run trained on; with it the UNet
+    that the run took in place of that folder's."""
+    settings = _run_settings(source)
+    said = str(settings.get("prediction_type", "auto")) if prediction_type is None else prediction_type
+    if model is not None:
+        of_run = prediction_type is None and Path(model).is_dir()  # a folder says it itself
+        return resolve_model_dir(model, "auto" if of_run else said), None
+    if "model" not in settings:
+        what = "there is no run beside it that tells its model"
+        raise UserError(what, str(source), "give --model FOLDER or FILE")
+    unet = settings.get("unet")
+    return resolve_model_dir(str(settings["model"]), said), None if unet is None else Path(unet)
+
+
+def _run_settings(source: Path) -> dict[str, Any]:
+    """The settings of the run that the weights are in; none where there is no run."""
     folder = source if source.is_dir() else source.parent
     try:
         settings = yaml.safe_load((folder / "config.yaml").read_text())
-        model, prediction_type = str(settings["model"]), str(settings.get("prediction_type", "auto"))
-        unet = settings.get("unet")
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            "there is no run beside it that tells its model", str(source), "give --model FOLDER or FILE"
-        ) from None
-    return resolve_model_dir(model, prediction_type), None if unet is None else Path(unet)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return settings if isinstance(settings, dict) else {}

@@ -344,6 +344,33 @@ def test_a_file_is_planned_prepared_trained_sampled_and_exported(
     assert_same({"vae": plain(pipe.vae.state_dict())}, {"vae": parts["vae"]})
 
 
+def test_every_command_opens_the_file_as_the_key_says(
+    small: None, tmp_path: Path, few_records: Path, clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, _ = write(tmp_path / "model.safetensors", "sd15")
+    settings = [
+        f"model={file}",
+        "prediction_type=v_prediction",
+        f"records={few_records}",
+        f"eval_records={few_records}",
+    ]
+    settings += [f"store={tmp_path}/store", f"output_dir={tmp_path}", f"clip={clip}", "resolution=64", "tracker=none"]
+    settings += ["method=spo", "steps=1", "batch_size=2", "rollout_prompts=2", "candidates=2", "plain_steps=1"]
+    settings += ["sample_steps=2", "score_threshold=0", "lora_rank=2", "name=run"]
+    config = load_config("", settings)
+    run_training(config)
+    run_sample(config, ["a cat"], [0], lora=tmp_path / "run", out_dir=tmp_path / "pictures")
+    run_export(tmp_path / "run", tmp_path / "own")
+    run_export(tmp_path / "run", tmp_path / "named", model=str(file))
+    lora = (tmp_path / "run" / "pytorch_lora_weights.safetensors").rename(tmp_path / "lora.safetensors")
+    run_export(lora, tmp_path / "alone", model=str(file), prediction_type="v_prediction")
+    (folder,) = [path for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir()]
+    assert "v_prediction" in folder.name and "epsilon" not in capsys.readouterr().err
+    for out in ("own", "named", "alone"):
+        scheduler = json.loads((tmp_path / out / "scheduler" / "scheduler_config.json").read_text())
+        assert scheduler["prediction_type"] == "v_prediction", out
+
+
 def test_prediction_type_is_for_files(sdxl: Path) -> None:
     for model in (str(sdxl), "emoji"):
         with pytest.raises(UserError, match="a folder says it in scheduler"):
