@@ -28,7 +28,7 @@ METHODS = {
     "dpo": ["method=dpo", "micro_batch_size=4"],
     "rpo": ["method=rpo", "group_size=4", "temperature=0.3", "micro_batch_size=2", "ema_decay=0.9"],
     "spo": [
-        *("method=spo", "scorer=tiny_scorers:bright", "resolution=16", "sample_steps=4", "plain_steps=2"),
+        *("method=spo", "scorer=rank_scorers:bright", "resolution=16", "sample_steps=4", "plain_steps=2"),
         *("candidates=3", "guidance_scale=1.0", "rollout_prompts=4", "rollout_batch_size=2", "batch_size=5"),
         *("micro_batch_size=3", "score_threshold=0.05", "beta=10"),
     ],
@@ -52,7 +52,7 @@ COUNTS = ("samples_seen", "unet_forwards", "unet_backwards", "vae_decodes", "sco
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where the runs go, with a scorer on Python's path and one thread everywhere."""
     place, before = tmp_path_factory.mktemp("ranks"), torch.get_num_threads()
-    (place / "tiny_scorers.py").write_text(SCORER)
+    (place / "rank_scorers.py").write_text(SCORER)
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(place)
