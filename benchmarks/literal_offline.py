@@ -125,7 +125,7 @@ class LiteralOffline:
         if pooled is None:
             return None
         side = self.config.resolution
-        ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=pooled.dtype, device=self.device)
+        ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=pooled.dtype).to(self.device)
         return {"text_embeds": pooled.repeat(repeat, 1), "time_ids": ids.repeat(repeat * pairs, 1)}
 
     def _errors(self, inputs: tuple[Any, ...], target: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class LiteralOffline:
         text, images, sides = self.clip.text(captions), self._clip_images(pictures), []
         for image in images.chunk(2):
             sides.append(F.normalize(torch.cat([text, image], dim=1), dim=1))
-        return (sides[0] @ sides[1].T / self.config.temperature).softmax(dim=1)
+        return (sides[0] @ sides[1].T / self.config.temperature).softmax(dim=1).to(self.device)
 
     def _clip_images(self, pictures: list[Any]) -> Tensor:
         assert self.clip is not None

@@ -107,7 +107,7 @@ class LiteralSPO:
         self.texts, negative = collector.book.texts, collector.book.empty()
         self.negative = as_prompts(negative.prompt_embeds, negative.pooled_prompt_embeds)
         ids = [[*collector.book.size, 0, 0, *collector.book.size]]
-        self.time_ids = torch.tensor(ids, dtype=torch.float32, device=self.device)
+        self.time_ids = torch.tensor(ids, dtype=torch.float32).to(self.device)
         self.start([parameter.detach().clone() for parameter in self.trained])
 
     @torch.no_grad()
@@ -132,7 +132,7 @@ class LiteralSPO:
         ids = torch.tensor([prompt_id(prompt) for prompt in prompts])
         with self.clock.span("text encoders", n):
             own = as_prompts(*self.texts.encode(list(prompts)))
-            tokens = self.tokens(prompts).to(self.device).repeat_interleave(k, dim=0)
+            tokens = self.tokens(prompts).repeat_interleave(k, dim=0)
         each = own.rows(torch.arange(n, device=self.device).repeat_interleave(k))
         keys = derive_keys(self.config.seed, epoch, ids, 0, "init").to(self.device)
         x = keyed_noise(keys, self.shape, self.dtype)
@@ -205,7 +205,7 @@ class LiteralSPO:
         tokenizer, longest = self.scorer.tokenizer, self.scorer.clip.config.text_config.max_position_embeddings
         length = min(tokenizer.model_max_length, longest)
         options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-        return tokenizer(list(prompts), **options).input_ids
+        return tokenizer(list(prompts), **options).input_ids.to(self.device)
 
     def train(self, pairs: Pairs, batches: Sequence[Tensor]) -> list[dict[str, float]]:
         """One optimizer step a batch of row numbers; what is logged of each."""
@@ -233,7 +233,7 @@ class LiteralSPO:
 
     def _ratio(self, part: Pairs, end: Tensor) -> Tensor:
         """(m,): how much likelier the step to ``end`` is under the policy than under the reference."""
-        times = torch.tensor([step.t for step in self.steps], device=self.device)
+        times = torch.tensor([step.t for step in self.steps]).to(self.device)
         prompts, t = Prompts(part.embeds, part.pooled), times[part.step]
         with self.clock.span("policy forward", 2 * len(part)):
             own = self.guided(self.policy, part.x_t, t, prompts)
@@ -250,7 +250,7 @@ class LiteralSPO:
 
     def _mean(self, x: Tensor, noise: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """μ (N, C, h, w) and σ (N, 1, 1, 1) of DDIM's steps ``index`` (N,) (arXiv 2010.02502, equations 12 and 16)."""
-        grid = torch.tensor(self.steps, device=self.device)  # (S, 2): t, t_prev
+        grid = torch.tensor(self.steps).to(self.device)  # (S, 2): t, t_prev
         now, before = (self.alphas[times[index]] for times in grid.unbind(dim=1))
         variance = self.config.eta**2 * (1 - before) / (1 - now) * (1 - now / before)
         numbers = now.sqrt(), (1 - now).sqrt(), before.sqrt(), (1 - before - variance).sqrt(), variance.sqrt()

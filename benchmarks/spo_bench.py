@@ -91,7 +91,7 @@ class Bench:
         ended, clock = time.perf_counter(), self.literal.clock
         scoring = sum(clock.seconds[name] for name, (phase, *_) in SPANS.items() if phase == SCORING)
         seconds = {ROLLOUT: rolled - began - scoring, SCORING: scoring, TRAINING: ended - rolled}
-        pairs = list(zip(found.prompt.tolist(), found.step.tolist(), strict=True))
+        pairs = list(zip(found.prompt.cpu().tolist(), found.step.cpu().tolist(), strict=True))
         sides = torch.stack([found.x_w, found.x_l]).cpu()
         return Outcome(seconds | {"total": ended - began}, clock, [line["loss"] for line in lines], pairs, sides)
 
@@ -144,7 +144,7 @@ class Bench:
             "VAE decode, a step's candidates": (pool_rows, lambda: literal.decode(x[:pool_rows])),
             "VAE decode, in chunks": (chunk, lambda: scorer.decoder.images(x[:chunk])),
             "SPM image, unfolded": (pool_rows, lambda: literal.scorer.embed_images(images[:pool_rows], t[:pool_rows])),
-            "SPM image, folded": (chunk, lambda: scorer.model.embed_images(images[:chunk], t[:chunk])),
+            "SPM image, folded": (chunk, lambda: scorer.model.embed_images(images[:chunk], t[:chunk].cpu())),
             "SPM text, each candidate": (pool_rows, lambda: literal.captions(tokens[:pool_rows])),
             "SPM text, each prompt": (len(few), lambda: scorer.model.embed_texts(few)),
             "text encoders, a batch": (n, lambda: book.texts.encode(texts[:n])),
