@@ -9,6 +9,7 @@ build of torch aborts when it builds a graph of its cuda tensors.
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections import Counter
 from contextlib import ExitStack, nullcontext
@@ -21,7 +22,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import fastpref
+import fastpref_kernels
+
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+_OURS = tuple(f"{Path(str(module.__file__)).parent}{os.sep}" for module in (fastpref, fastpref_kernels))
 # What autograd sees, which a CPU build of torch cannot run for cuda. The number tells it from meta tensors proper.
 _CARRIER = torch.device("meta", 1)
 # Of autocast, which torch decides by the carrier: what becomes half. Norms stay in the dtype they get.
@@ -296,7 +301,7 @@ def _count_waits(
 
 def _place() -> str:
     """The line of ours that waits."""
-    frames = [frame for frame in traceback.extract_stack() if "/fastpref" in frame.filename]
+    frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(_OURS)]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].line}" if frames else "elsewhere"
 
 

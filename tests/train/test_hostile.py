@@ -81,7 +81,7 @@ def test_a_model_folder_with_a_part_missing_names_it(
         (copy / part).write_text("[]")
     else:
         shutil.rmtree(copy / part)
-    with pytest.raises(UserError, match=f"no {part}/" if part != "model_index.json" else "no JSON object"):
+    with pytest.raises(UserError, match=f"no {part}/" if part != "model_index.json" else "not a JSON object"):
         train(sd15_config(f"model={copy}"))
     assert not (tmp_path / "runs").exists()
 
