@@ -14,7 +14,7 @@ help:
 	@echo "make quickstart   RPO on the bundled emoji world, report in runs/quickstart/report.html"
 	@echo "make quickstart-spo   a step-aware preference model, then SPO with it; report in runs/quickstart-spo/report.html"
 	@echo "make test         lint, types and the whole test suite"
-	@echo "make test-processors   the suite with the BLAS, convolution and vector kernels of other processors; half an hour"
+	@echo "make test-processors   the suite with the BLAS, convolution and vector kernels of three other processors"
 	@echo "make compare      SFT, DPO and RPO from one base over three seeds: an hour and a half or more, resumable"
 	@echo "make bench        the short set of benchmarks: 11 minutes"
 	@echo "make reference-venv   $(REFERENCE), 6 GB, in which diffusers' training scripts run too"
