@@ -72,7 +72,9 @@ class Config(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if present")
     threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; default: torch's choice")
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
-        "fp32", description="frozen weights and autocast; trained weights are fp32 (fp64 is for exactness tests)"
+        "fp32",
+        description="of the UNet's pass and its frozen weights; trained weights have fp32 masters "
+        "(fp64 is for exactness tests)",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward")
     attention: Literal["auto", "sdpa", "xformers", "flash", "sliced"] = Field(
@@ -82,6 +84,9 @@ class Config(BaseModel):
     compile: bool | Literal["unet"] = Field(
         False,
         description="torch.compile of the UNet; true: by blocks; unet: as one, slower to start, then fastest",
+    )
+    cuda_graphs: bool | Literal["auto"] = Field(
+        "auto", description="on a GPU, record passes and optimizer once a shape and replay them; auto: where possible"
     )
     accumulation: Literal["rewards_first", "keep_graphs"] = Field(
         "rewards_first", description="RPO over several micro-batches: one more forward, or all graphs in memory"

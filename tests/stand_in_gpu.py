@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import torch
+from stand_in_graphs import Graph, Pool, Recording
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -173,7 +174,10 @@ class StandInGpu(TorchDispatchMode):
         replaced = {
             "is_available": lambda: True,
             "_lazy_init": lambda: None,
-            "is_current_stream_capturing": lambda: False,
+            "is_current_stream_capturing": lambda: Recording.recorder is not None,
+            "CUDAGraph": Graph,
+            "graph": Recording.graph,
+            "graph_pool_handle": Pool,
             "current_stream": lambda *_: stream,
             "stream": lambda *_: nullcontext(),
             "synchronize": lambda *_: None,
@@ -239,9 +243,15 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str])
     inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
     if wrappers:
         inner_args = _autocast(name, inner_args)
+    recorder = Recording.recorder if there else None
+    if recorder is not None:
+        _refuse_uploads(func, given)
+        recorder.protect(func, inner_args, inner_kwargs)
     found = func(*inner_args, **inner_kwargs)
     if name == "_to_copy" and isinstance(found, torch.Tensor) and found is inner_args[0]:
         found = found.clone()
+    if recorder is not None:
+        recorder.note(func, inner_args, inner_kwargs, found)
 
     def outer(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -287,6 +297,27 @@ def _count_waits(
     name: str, given: list[torch.Tensor], there: bool, kwargs: dict[str, Any], args: Any, waits: Counter[str]
 ) -> None:
     devices = {isinstance(x, GpuTensor) for x in given}
+    before = waits.total()
+    _count_wait(name, given, there, kwargs, args, waits, devices)
+    if waits.total() > before:
+        Recording.refuse(f"the host waits for {name}, {_place()},")
+
+
+def _refuse_uploads(func: Any, given: list[torch.Tensor]) -> None:
+    """What lies on the CPU now will have changed when the graph is replayed; a scalar goes into the graph."""
+    if any(not isinstance(x, GpuTensor) and x.ndim for x in given):
+        Recording.refuse(f"{func} reads a tensor of the CPU, {_place()},")
+
+
+def _count_wait(
+    name: str,
+    given: list[torch.Tensor],
+    there: bool,
+    kwargs: dict[str, Any],
+    args: Any,
+    waits: Counter[str],
+    devices: set[bool],
+) -> None:
     if name in _READS and True in devices:
         waits[f"{name}, {_place()}"] += 1
     elif name in _INDEXED and any(x is not None and x.dtype == torch.bool and on_gpu(x) for x in args[1]):

@@ -51,6 +51,7 @@ class Facts:
     attention: str | None = None
     fused_ops: bool | None = None
     compile: bool | str | None = None
+    autocast: bool | None = None
     format_version: int = FORMAT_VERSION
 
     @property
@@ -59,10 +60,12 @@ class Facts:
         return hashlib.sha256(json.dumps(self.stated(), sort_keys=True).encode()).hexdigest()[:16]
 
     def stated(self) -> dict[str, Any]:
-        """What ``facts.json`` says; nothing of the sizes where they are the pictures' own."""
+        """What ``facts.json`` says: as ledgers did that are older than a setting, where that doesn't matter."""
         facts = asdict(self)
         if self.size_conditioning == OWN_SIZES:
             del facts["size_conditioning"]
+        if self.autocast is None:
+            del facts["autocast"]
         return facts
 
 

@@ -12,7 +12,7 @@ from fastpref.config import Config
 from fastpref.models.guidance import empty_conditioning, guided, predicted_x0
 from fastpref.models.loading import DTYPES, load_unet, load_vae
 from fastpref.models.noise_schedule import NoiseSchedule
-from fastpref.models.policy import Conditioning
+from fastpref.models.policy import Conditioning, call_unet
 from fastpref.models.work import Work
 
 
@@ -48,8 +48,7 @@ class FrozenUNet:
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The prediction (N, C, H, W)."""
         self.work.unet_forwards += len(noisy)
-        arguments = conditioning.kwargs(self.dtype)
-        return self.unet(noisy.to(self.dtype), timesteps, **arguments, return_dict=False)[0]
+        return call_unet(self.unet, noisy, timesteps, conditioning, self.dtype)
 
 
 @dataclass

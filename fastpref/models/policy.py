@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.models.attention import set_attention
 from fastpref.models.compiled import compile_unet
+from fastpref.models.half_pass import computes_in_half, set_half_pass, wide_names
 from fastpref.models.loading import DTYPES, load_unet
+from fastpref.models.masters import Masters
 from fastpref.models.shared_prompt import share_prompts
 from fastpref_kernels import patch_unet
 
@@ -33,15 +36,22 @@ class Conditioning:
     pooled_prompt_embeds: torch.Tensor | None = None  # (N, P)
     time_ids: torch.Tensor | None = None  # (N, 6)
 
-    def kwargs(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments of UNet2DConditionModel.forward."""
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Its fields, in the order in which they are declared."""
+        return self.prompt_embeds, self.pooled_prompt_embeds, self.time_ids
+
+    def kwargs(self, dtype: torch.dtype, pooled: torch.dtype | None = None) -> dict[str, Any]:
+        """Arguments of UNet2DConditionModel.forward: prompts in ``dtype``, pooled ones in ``pooled`` if given."""
         arguments: dict[str, Any] = {"encoder_hidden_states": self.prompt_embeds.to(dtype)}
         if self.pooled_prompt_embeds is not None and self.time_ids is not None:
             arguments["added_cond_kwargs"] = {
-                "text_embeds": self.pooled_prompt_embeds.to(dtype),
+                "text_embeds": self.pooled_prompt_embeds.to(pooled or dtype),
                 "time_ids": self.time_ids,  # pixel counts, which bf16 would round
             }
         return arguments
+
+
+Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 
 
 class Policy:
@@ -49,6 +59,10 @@ class Policy:
 
     The reference is the adapter switched off (LoRA), a frozen second adapter (LoRA started from a file), or a frozen
     copy (full fine-tuning). Rows that pass through the UNet are counted.
+
+    In half precision nothing runs under autocast (:mod:`fastpref.models.half_pass`) and what is trained has fp32
+    ``masters``, but for ``pure_bf16``. DeepSpeed keeps masters itself: under it, weights in training are fp32 and the
+    pass is autocast.
     """
 
     def __init__(self, unet: UNet2DConditionModel, config: Config, device: torch.device, reference: Any = None) -> None:
@@ -57,25 +71,58 @@ class Policy:
         self.device = device
         self.base_dtype = DTYPES[config.precision]
         self.reference_unet = reference
-        self.trainable: dict[str, torch.nn.Parameter] = {n: p for n, p in unet.named_parameters() if p.requires_grad}
+        trained = {n: p for n, p in unet.named_parameters() if p.requires_grad}
+        copied = computes_in_half(unet) and not config.pure_bf16
+        self.masters = Masters(trained, self.base_dtype if copied else None, wide_names(unet))
         self.forwards = self.recomputed = self.backwards = 0
+        self.repeat: Callable[..., Any] | None = None  # runs (name, function, inputs) without gradients, as a graph
+        self.holds_merged = False
         self._adapters = _adapter_layers(unet) if config.train == "lora" else []
         self._has_reference_adapter = config.init_lora is not None and config.train == "lora"
+
+    @property
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """What the optimizer updates, by name: the masters."""
+        return self.masters.named
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every weight and buffer once, masters and the reference's included."""
+        models = [model for model in (self.unet, self.reference_unet) if model is not None]
+        found = [*self.trainable.values(), *(t for m in models for t in (*m.parameters(), *m.buffers()))]
+        return list({id(tensor): tensor for tensor in found}.values())
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The policy's prediction ``(N, C, H, W)``; builds a graph if gradients are enabled."""
         self.forwards += len(noisy)
-        with self._autocast():
-            return self._call(self.unet, noisy, timesteps, conditioning)
+        return self._repeated("policy", self.forward_pass, noisy, timesteps, conditioning)
 
-    @torch.no_grad()
     def predict_reference(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
         """The same from the reference, never with a graph."""
         self.forwards += len(noisy)
+        with torch.no_grad():
+            return self._repeated("reference", self.reference_pass, noisy, timesteps, conditioning)
+
+    def forward_pass(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """:meth:`predict` without counting, which a recorded graph would not repeat."""
+        with self._autocast():
+            return call_unet(self.unet, noisy, timesteps, conditioning, self.base_dtype)
+
+    @torch.no_grad()
+    def reference_pass(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """:meth:`predict_reference` without counting."""
         with self._autocast(), self._as_reference():
-            return self._call(self.reference_unet or self.unet, noisy, timesteps, conditioning)
+            return call_unet(self.reference_unet or self.unet, noisy, timesteps, conditioning, self.base_dtype)
+
+    def _repeated(
+        self, name: str, predict: Predict, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """``predict``, by a recorded graph where nothing but its inputs differs from call to call."""
+        if self.repeat is None or self.holds_merged or torch.is_grad_enabled():
+            return predict(noisy, timesteps, conditioning)
+        inputs = noisy, timesteps, *conditioning.tensors()
+        return self.repeat(name, lambda x, t, *rest: predict(x, t, Conditioning(*rest)), inputs)
 
     def merged(self) -> AbstractContextManager[Any]:
         """Inside, the LoRA is part of the weights: no low-rank products; afterwards the weights are as before, bit for
@@ -92,19 +139,26 @@ class Policy:
         self.backwards += rows
         self.recomputed += rows if self.config.gradient_checkpointing else 0
 
-    def _call(
-        self, unet: Any, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
-    ) -> torch.Tensor:
-        dtype = self.base_dtype
-        return unet(noisy.to(dtype), timesteps, **conditioning.kwargs(dtype), return_dict=False)[0]
-
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.base_dtype in (torch.float32, torch.float64):
+        if not autocasts(self.config):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.base_dtype)
 
     def _as_reference(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.reference_unet is not None else _ReferenceAdapter(self)
+
+
+def autocasts(config: Config) -> bool:
+    """Whether a recipe's half precision is autocast's; else it is :mod:`fastpref.models.half_pass`."""
+    return config.precision in ("bf16", "fp16") and config.engine == "deepspeed"
+
+
+def call_unet(
+    unet: Any, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, dtype: torch.dtype
+) -> torch.Tensor:
+    """The prediction ``(N, C, H, W)`` of a UNet that computes in ``dtype``; fp32 if its ends are."""
+    ends = torch.float32 if computes_in_half(unet) else dtype
+    return unet(noisy.to(ends), timesteps, **conditioning.kwargs(dtype, ends), return_dict=False)[0]
 
 
 class _ReferenceAdapter:
@@ -132,30 +186,33 @@ class _Merged:
     """Inside, the weights of the targeted layers have the LoRA added."""
 
     def __init__(self, policy: Policy) -> None:
-        self.layers = policy._adapters
+        self.policy, self.layers = policy, policy._adapters
         self._before: list[torch.Tensor] = []
 
     @torch.no_grad()
     def __enter__(self) -> None:
-        for layer in self.layers:
-            weight = layer.get_base_layer().weight
-            self._before.append(weight.data)
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            delta = layer.get_delta_weight(POLICY_ADAPTER).to(wide)
-            weight.data = (weight.data.to(wide) + delta).to(weight.dtype)
-            layer.enable_adapters(False)
+        self.policy.holds_merged = True
+        with self.policy.masters.in_place():
+            for layer in self.layers:
+                weight = layer.get_base_layer().weight
+                self._before.append(weight.data)
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                delta = layer.get_delta_weight(POLICY_ADAPTER).to(wide)
+                weight.data = (weight.data.to(wide) + delta).to(weight.dtype)
+                layer.enable_adapters(False)
 
     def __exit__(self, *_: object) -> None:
         for layer, before in zip(self.layers, self._before, strict=True):
             layer.get_base_layer().weight.data = before
             layer.enable_adapters(True)
         self._before = []
+        self.policy.holds_merged = False
 
 
 def load_policy(config: Config, model_dir: Path, device: torch.device, *, needs_reference: bool) -> Policy:
     """The UNet of ``model_dir`` (or ``config.unet``) made ready for training.
 
-    Frozen weights are in ``config.precision``; trained ones in fp32 (fp64 for fp64, bf16 for ``pure_bf16``).
+    Frozen weights are in ``config.precision``; masters of trained ones in fp32 (fp64 for fp64, bf16 for ``pure_bf16``).
     """
     frozen = DTYPES[config.precision] if config.train == "lora" else master_dtype(config)
     return make_policy(load_unet(model_dir, frozen, config.unet), config, device, needs_reference=needs_reference)
@@ -177,9 +234,9 @@ def make_policy(unet: Any, config: Config, device: torch.device, *, needs_refere
         _add_lora(unet, config, master_dtype(config))
     else:
         if needs_reference:
-            reference = copy.deepcopy(unet).to(device, DTYPES[config.precision]).eval()
+            reference = _in_precision(copy.deepcopy(unet), config).to(device).eval()
         unet.requires_grad_(True)
-    unet.to(device)
+    _in_precision(unet, config).to(device)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     for model in (unet, *([] if reference is None else [reference])):
@@ -192,10 +249,20 @@ def load_reference(config: Config, model_dir: Path, device: torch.device) -> Pol
     """The reference alone: nothing is trained, only :meth:`Policy.predict_reference` is of use."""
     if config.init_lora is not None:
         return load_policy(config.model_copy(update={"reference": "adapter"}), model_dir, device, needs_reference=True)
-    unet = load_unet(model_dir, DTYPES[config.precision], config.unet).requires_grad_(False).to(device).eval()
+    unet = load_unet(model_dir, DTYPES[config.precision], config.unet).requires_grad_(False)
+    unet = _in_precision(unet, config).to(device).eval()
     set_attention(unet, config.attention, device, DTYPES[config.precision])
     _speed_up(unet, config)
     return Policy(unet, config, device, reference=unet)
+
+
+def _in_precision(unet: Any, config: Config) -> Any:
+    """``unet``, whose frozen weights are from now on as ``config.precision`` wants them."""
+    if config.precision in ("bf16", "fp16") and not autocasts(config):
+        set_half_pass(unet, DTYPES[config.precision])
+    elif not any(p.requires_grad for p in unet.parameters()):
+        unet.to(DTYPES[config.precision])
+    return unet
 
 
 def _speed_up(unet: Any, config: Config) -> None:

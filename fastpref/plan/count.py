@@ -1,6 +1,6 @@
 """One micro-batch of a recipe, run on fake tensors through the same policy that training uses.
 
-The UNet is built on the meta device and gets fake weights on the CPU, so that every operator, autocast, attention
+The UNet is built on the meta device and gets fake weights on the CPU, so that every operator, cast, attention
 kernel, checkpoint and hook takes the path it takes in training, and nothing is computed.
 """
 
@@ -78,7 +78,7 @@ def count_step(config: Config, shapes: Shapes, pairs: int, *, several: bool = Fa
     made = _meta_policy(config, shapes.unet, needs_reference=needs_reference)
     with FakeTensorMode():
         policy = _with_fake_weights(made)
-        known = [*_tensors(policy.unet), *(_tensors(policy.reference_unet) if policy.reference_unet else [])]
+        known = policy.tensors()
         memory, flops, rolled = PeakMemory(known), Operations(), Operations()
         with memory, _gradient_hooks(config, policy, memory):
             if objective is None:
@@ -119,6 +119,7 @@ def _offline(policy: Policy, shapes: Shapes, rows: int, *, with_reference: bool)
     with Operations() as forward:
         prediction = policy.predict(noisy, timesteps, conditioning)
     implicit_reward(prediction, target, ref_error=error).sum().backward()
+    policy.masters.collect()
     return forward.total
 
 
@@ -129,6 +130,7 @@ def _transitions(config: Config, policy: Policy, shapes: Shapes, pairs: int) -> 
     prediction = policy.predict(noisy, timesteps, conditioning)
     reference = policy.predict_reference(noisy, timesteps, conditioning)
     (prediction.to(noisy.dtype) - reference.to(noisy.dtype)).square().sum().backward()
+    policy.masters.collect()
 
 
 @torch.no_grad()
@@ -168,26 +170,25 @@ def _with_fake_weights(made: Policy) -> Policy:
     return Policy(made.unet, made.config, _CPU, made.reference_unet)
 
 
-def _tensors(model: Any) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]
-
-
 @contextmanager
 def _gradient_hooks(config: Config, policy: Policy, memory: PeakMemory) -> Iterator[None]:
     """Tell gradients apart; with the step inside the backward they go after an update of their size."""
 
     def held(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        memory.set_aside(parameter.grad)
+        if parameter.grad is not None:  # else its master has it by now
+            memory.set_aside(parameter.grad)
 
     def updated(parameter: torch.Tensor) -> None:
-        for_update = range(_UPDATE_TENSORS[config.optimizer] if config.pure_bf16 or "8bit" in config.optimizer else 0)
+        wide = config.pure_bf16 or "8bit" in config.optimizer
+        for_update = range(_UPDATE_TENSORS[config.optimizer] if wide else parameter.itemsize == 2)
         held_meanwhile = [torch.empty(parameter.shape, dtype=torch.float32) for _ in for_update]
         parameter.grad = None
         del held_meanwhile
 
     hook = updated if config.step_in_backward else held
-    handles = [p.register_post_accumulate_grad_hook(hook) for p in policy.trainable.values()]
+    if not config.step_in_backward:
+        policy.masters.watch(collected=memory.set_aside)
+    handles = [p.register_post_accumulate_grad_hook(hook) for p in policy.masters.copies.values()]
     try:
         yield
     finally:

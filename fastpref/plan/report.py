@@ -76,7 +76,11 @@ def make_plan(config: Config, gpus: int, device: str, family: str | None = None)
 
 def _plan(config: Config, gpus: int, device: str, shapes: Shapes, nearest: str) -> Plan:
     batch = Batch.of(config, gpus)
-    unseen = {"compile": False} if config.step_in_backward else {"compile": False, "optimizer": "adamw"}
+    unseen: dict[str, object] = (
+        {"compile": False} if config.step_in_backward else {"compile": False, "optimizer": "adamw"}
+    )
+    if gpus > 1:
+        unseen["engine"] = "deepspeed"
     seen = config.model_copy(update=unseen)  # what the count does not depend on, or counts as eager
     sizes = (json.dumps(shapes.unet), shapes.latent, shapes.tokens, batch.micro)
     count = _counted(seen.model_dump_json(), *sizes, batch.rounds > 1)

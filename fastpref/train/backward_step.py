@@ -6,14 +6,15 @@ For full fine-tuning in one process and one forward per step. What this changes:
 * an objective that is not finite updates nothing; a tensor whose gradient is not finite keeps its weights and its
   optimizer state while the others are updated, ``skipped_tensors`` counts it and the step counts as skipped;
 * the device decides all of that, so the host need not wait for it: with fused AdamW it never does;
-* with ``pure_bf16`` the weights have no fp32 copy. Each tensor is widened for its update and rounded stochastically
+* with ``pure_bf16`` the weights have no fp32 copy, but for the few that the pass uses in fp32. Each tensor is widened
+  for its update and rounded stochastically
   (Connolly, Higham, Mary 2021): up with the probability that makes the mean exact, so that updates far below
   half a unit in the last place add up instead of being lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.train.engine import LocalEngine, State, Trainable
+from fastpref.train.optim import set_learning_rate
 from fastpref.train.world import World
 from fastpref_kernels import derive_keys
 
@@ -36,14 +38,14 @@ class BackwardEngine(LocalEngine):
             raise UserError(what, "step_in_backward", "use engine=deepspeed without it, or start one process")
         (whole,) = self.optimizer.param_groups
         self._groups: list[dict[str, Any]] = [{**whole, "params": [p]} for p in self.parameters]
-        self.seed, self.pure_bf16 = config.seed, config.pure_bf16
+        self.seed = config.seed
         self.device = model.device
         self._number = 0
         self._sound = torch.ones((), dtype=torch.bool, device=self.device)  # this step's objectives
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._norms: list[torch.Tensor] = []
-        for index, parameter in enumerate(self.parameters):
-            parameter.register_post_accumulate_grad_hook(partial(self._update_tensor, index))
+        for index, copy in enumerate(self.masters.copies.values()):
+            copy.register_post_accumulate_grad_hook(partial(self._update_tensor, index))
 
     @property
     def skipped_tensors(self) -> int:
@@ -53,8 +55,7 @@ class BackwardEngine(LocalEngine):
     def begin(self, step: int, learning_rate: float) -> None:
         self._number, self._norms = step, []
         self._sound = torch.ones((), dtype=torch.bool, device=self.device)
-        for group in self._groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._groups, learning_rate)
 
     def backward(self, objective: torch.Tensor) -> None:
         self._sound = self._sound & torch.isfinite(objective.detach())
@@ -69,6 +70,11 @@ class BackwardEngine(LocalEngine):
         whole = self._sound & torch.isfinite(norms).all()
         return torch.where(whole, torch.linalg.vector_norm(norms), torch.nan)
 
+    settled = False  # its backward is the update, whose random bits and 8-bit steps differ from step to step
+
+    def record_graphs(self, repeat: Callable[..., Any]) -> str | None:
+        return "CUDA graphs of the reference alone: step_in_backward updates in the backward"
+
     def state(self) -> tuple[State, dict[str, Any]]:
         tensors, values = super().state()
         return tensors, values | {"skipped_tensors": self.skipped_tensors}
@@ -78,10 +84,10 @@ class BackwardEngine(LocalEngine):
         self._skipped.fill_(values["skipped_tensors"])
 
     @torch.no_grad()
-    def _update_tensor(self, index: int, parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        gradient, parameter.grad = parameter.grad.to(wide), None
+    def _update_tensor(self, index: int, copy: torch.Tensor) -> None:
+        assert copy.grad is not None
+        parameter, wide = self.parameters[index], torch.promote_types(copy.dtype, torch.float32)
+        gradient, copy.grad = copy.grad.to(wide), None
         norm = torch.linalg.vector_norm(gradient)
         bad = ~torch.isfinite(norm)
         self._norms.append(norm)
@@ -93,9 +99,11 @@ class BackwardEngine(LocalEngine):
         parameter.grad = gradient
         self._step_unless(bad | ~self._sound, index)
         exact, parameter.grad = parameter.data, None
-        if self.pure_bf16:
+        if narrow.dtype == torch.bfloat16:  # pure_bf16: no master
             parameter.data = narrow
             narrow.copy_(round_to_bf16(exact, self._key(index)))
+        elif copy is not parameter:
+            copy.data.copy_(exact)
 
     def _step_unless(self, bad: torch.Tensor, index: int) -> None:
         """Update one tensor, or leave it and its state as they are."""

@@ -7,7 +7,7 @@ elements it owns of each parameter and of its moments, so that any layout, and t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -88,6 +88,11 @@ class ShardedEngine:
 
     def begin(self, step: int, learning_rate: float) -> None:
         pass
+
+    settled = False  # DeepSpeed runs Python in every backward
+
+    def record_graphs(self, repeat: Callable[..., Any]) -> str | None:
+        return None  # never asked: see capture_fault
 
     def backward(self, objective: torch.Tensor) -> None:
         if self._searching:

@@ -5,7 +5,7 @@ weights and optimizer states, and gradients are summed over the processes (one p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,13 +13,14 @@ from typing import Any, Protocol
 import torch
 
 from fastpref.config import Config
+from fastpref.models.masters import Masters
 from fastpref.train.loss_scale import FIRST_SCALE, bearable_scale, searches
-from fastpref.train.optim import build_optimizer, load_optimizer_state, optimizer_state
+from fastpref.train.optim import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
 from fastpref.train.world import World
 
 
 class Trainable(Protocol):
-    """A model in training."""
+    """A model in training; it has ``masters`` where its forward computes with copies of the trained parameters."""
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -77,6 +78,22 @@ class Engine(Protocol):
         """Clear gradients without an update."""
         ...
 
+    @property
+    def settled(self) -> bool:
+        """Whether a backward is recorded and repeated: it does what it did in the step before, and no more."""
+        ...
+
+    def record_graphs(self, repeat: Callable[..., Any]) -> str | None:
+        """Keep gradients at one place in memory from now on, and record the update if the optimizer allows it.
+
+        Args:
+            repeat: runs (name, function, inputs) without gradients, as a CUDA graph.
+
+        Returns:
+            Why something is not recorded, in one line, or None.
+        """
+        ...
+
     def state(self) -> tuple[State, dict[str, Any]]:
         """What this rank keeps for :meth:`load_state` to go on bit for bit, and JSON values.
 
@@ -113,16 +130,21 @@ class LocalEngine:
 
     def __init__(self, model: Trainable, config: Config, world: World | None = None) -> None:
         self.world = world or World()
-        self.parameters = list(model.trainable.values())
-        self.names = list(model.trainable)
+        self.masters: Masters = getattr(model, "masters", None) or Masters(model.trainable)
+        self.parameters = list(self.masters.named.values())
+        self.names = list(self.masters.named)
         self.optimizer = build_optimizer(config, self.parameters)
         self.max_grad_norm = config.max_grad_norm
         self.scaler = torch.amp.GradScaler(
             model.device.type, init_scale=FIRST_SCALE, enabled=config.precision == "fp16"
         )
         self._searching = searches(config)  # for a loss scale, until the first update
+        self.repeat: Callable[..., Any] | None = None
+        self._keeps_gradients = False
         self.ema_decay = config.ema_decay
         self.ema = [p.detach().clone() for p in self.parameters] if config.ema_decay else []
+        if not config.step_in_backward:
+            self.masters.watch()
 
     @property
     def layout(self) -> str:
@@ -135,11 +157,12 @@ class LocalEngine:
         if self._searching:
             self._lower_scale(objective)
         self.scaler.scale(objective).backward()
+        self.masters.collect()
 
     def _lower_scale(self, objective: torch.Tensor) -> None:
         """Lower the scale to what the objective bears, and with it the gradients added up so far."""
         before = self.scaler.get_scale()
-        scale = bearable_scale(objective, self.parameters, before, self.world)
+        scale = bearable_scale(objective, list(self.masters.copies.values()), before, self.world)
         if scale != before:
             self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": scale})
             for parameter in self.parameters:
@@ -151,21 +174,39 @@ class LocalEngine:
         return norm if math.isfinite(norm) else None
 
     def launch(self, learning_rate: float, loss: torch.Tensor) -> torch.Tensor:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer.param_groups, learning_rate)
         if self.world.size > 1:
             self.world.sum_([p.grad for p in self.parameters if p.grad is not None])
+        if self._searching:
+            norm, finite = self._apply(loss)
+            self._searching = not bool(finite)
+            return norm
+        return self._apply(loss)[0] if self.repeat is None else self.repeat("optimizer", self._apply, [loss])[0]
+
+    @property
+    def settled(self) -> bool:
+        return not self._searching
+
+    def record_graphs(self, repeat: Callable[..., Any]) -> str | None:
+        self._keeps_gradients = True
+        if not getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            return f"CUDA graphs without the update: {type(self.optimizer).__name__} waits for the device"
+        self.repeat = repeat
+        return None
+
+    def _apply(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip, update, clear gradients: (norm, whether anything was updated)."""
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         self._update(finite)
+        self.masters.refresh()
         self.scaler.update()
-        self._searching = self._searching and not bool(finite)
         self.discard()
         if self.ema:
             self._update_ema(finite)
-        return norm
+        return norm, finite
 
     def _update(self, finite: torch.Tensor) -> None:
         """The optimizer's step where ``finite`` says so; fused optimizers read that on the device."""
@@ -178,7 +219,7 @@ class LocalEngine:
             self.optimizer.step()
 
     def discard(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self._keeps_gradients)
 
     def state(self) -> tuple[State, dict[str, Any]]:
         """Every rank has all of it and keeps a part, by name."""
@@ -208,6 +249,7 @@ class LocalEngine:
                 parameter.copy_(tensors[f"policy.{name}"])
             for name, average in zip(self.names, self.ema, strict=False):
                 average.copy_(tensors[f"ema.{name}"])
+        self.masters.refresh()
         if values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])
         self._searching = self._searching and bool(values.get("searching"))
@@ -216,7 +258,8 @@ class LocalEngine:
     def whole(self) -> Iterator[None]:
         before = [p.detach().clone() for p in self.parameters] if self.ema else []
         _copy(self.ema, self.parameters)
-        yield
+        with self.masters.in_place():
+            yield
         _copy(before, self.parameters)
 
     @torch.no_grad()

@@ -89,6 +89,8 @@ class TrainJob:
         console = console or Console(stderr=True, quiet=not world.is_main)
         for warning in trainer.warnings() if world.is_main else ():
             console.print(warning, style="yellow", markup=False, soft_wrap=True)
+        if note := trainer.record_graphs(device):
+            console.print(note, markup=False, soft_wrap=True)
         return cls(config, model_dir, device, trainer, began, console, world)
 
     def run(self, run_dir: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from fastpref.data.ledger import Ledger
 from fastpref.data.sampling import Sampler
 from fastpref.data.store import Store
 from fastpref.errors import UserError
-from fastpref.models.policy import Policy, load_policy
+from fastpref.models.policy import Conditioning, Policy, load_policy
 from fastpref.objectives import Objective, PairRewards, Solution, build_objective
 from fastpref.train.batch import BatchBuilder, PairBatch
 from fastpref.train.engine import Engine, open_engine
@@ -39,11 +39,11 @@ from fastpref_kernels import implicit_reward, implicit_reward_parts
 
 
 class _Scored(NamedTuple):
-    """Rewards of one micro-batch; ``reward`` carries the graph if there is one."""
+    """Rewards of one micro-batch, and what back-propagates a weight (n or 2n,) for each of them."""
 
-    reward: torch.Tensor  # (n or 2n,)
     rewards: PairRewards
     ref_error: torch.Tensor | None
+    backward: Callable[[torch.Tensor], None] | None
 
 
 class _Outcome(NamedTuple):
@@ -100,15 +100,16 @@ class OfflineTrainer(PolicyTrainer):
     def launch(self, step: int) -> Callable[[], dict[str, Any]]:
         """The step without waiting for the device: batches are read ahead, its numbers are asked for afterwards."""
         rate = learning_rate_at(self.config, step)
-        self.engine.begin(step, rate)
-        outcome = self._coupled(step) if self.objective.couples_pairs else self._separate(step)
-        if step == 0 and self.ledger is not None:
-            check_untrained(outcome.rewards, self.config.beta)
-        with phase("optimizer"):
-            norm = self.engine.launch(rate, outcome.loss)
-        with phase("logging"):
-            found = step_figures(outcome.rewards, outcome.loss, norm, outcome.effective_contrasts)
-            figures = Arriving(found, self.policy.device)
+        with self.on_stream():
+            self.engine.begin(step, rate)
+            outcome = self._coupled(step) if self.objective.couples_pairs else self._separate(step)
+            if step == 0 and self.ledger is not None:
+                check_untrained(outcome.rewards, self.config.beta)
+            with phase("optimizer"):
+                norm = self.engine.launch(rate, outcome.loss)
+            with phase("logging"):
+                found = step_figures(outcome.rewards, outcome.loss, norm, outcome.effective_contrasts)
+                figures = Arriving(found, self.policy.device)
         return lambda: step_metrics(step, self.checked(step, figures.read()), rate)
 
     def _separate(self, step: int) -> _Outcome:
@@ -121,7 +122,7 @@ class OfflineTrainer(PolicyTrainer):
             with phase("loss"):
                 solution = self.objective.solve(scored.rewards)
             share = batch.pairs / self.config.batch_size
-            self._backward(scored.reward, solution, share)
+            self._backward(scored, solution, share)
             losses.append(solution.loss.double() * share)
             parts.append(scored.rewards)
         rewards = self._gather(PairRewards.concatenate(parts))
@@ -138,7 +139,7 @@ class OfflineTrainer(PolicyTrainer):
             loaded = self._take(step, number)
             embeddings = embeddings or loaded.embeddings
             batch = self.batches.build(loaded.plan, loaded.rows, loaded.stored)
-            scored.append(self._score(batch, self._reference_error(loaded, batch), graph=keep))
+            scored.append(self._score(batch, self._reference_error(loaded, batch), graph=keep, slot=number))
         rewards = self._gather(PairRewards.concatenate([part.rewards for part in scored]))
         with phase("loss"):
             related = None if embeddings is None else tuple(map(self.batches.moved, embeddings))
@@ -148,7 +149,7 @@ class OfflineTrainer(PolicyTrainer):
                 loaded = self._take(step, len(self._micro) + number)
                 batch = self.batches.build(loaded.plan, loaded.rows, loaded.stored)
                 part = self._score(batch, part.ref_error, graph=True)
-            self._backward(part.reward, _slice(solution, self._micro[number]))
+            self._backward(part, _slice(solution, self._micro[number]))
         return _Outcome(solution.loss.double(), rewards, solution.effective_contrasts)
 
     @cached_property
@@ -175,23 +176,46 @@ class OfflineTrainer(PolicyTrainer):
             pred = self.policy.predict_reference(batch.noisy, batch.timesteps, batch.conditioning)
             return -implicit_reward(pred, batch.target)
 
-    def _score(self, batch: PairBatch, ref_error: torch.Tensor | None, *, graph: bool) -> _Scored:
-        with torch.set_grad_enabled(graph), phase("policy forward"):
-            pred = self.policy.predict(batch.noisy, batch.timesteps, batch.conditioning)
-            cross = self.config.safeguard is not None
-            parts = implicit_reward_parts(pred, batch.target, ref_error=ref_error, cross=cross)
-        n, reward, error = batch.pairs, parts.reward.detach(), parts.error
+    def _score(self, batch: PairBatch, ref_error: torch.Tensor | None, *, graph: bool, slot: int = 0) -> _Scored:
+        inputs = batch.noisy, batch.timesteps, batch.target, ref_error, *batch.conditioning.tensors()
+        self.policy.forwards += batch.rows
+        with phase("policy forward"):
+            if graph:
+                found, backward = self.differentiable("rewards", self._rewards, self._weighted, inputs, slot)
+            else:
+                found, backward = self.repeated("rewards", self._rewards, inputs), None
+        reward, error, cross = found
+        assert reward is not None and error is not None
+        n = batch.pairs
         if batch.rows == n:
-            return _Scored(parts.reward, PairRewards(reward, None, error, None), ref_error)
-        rewards = PairRewards(reward[:n], reward[n:], error[:n], error[n:], parts.cross, batch.label)
-        return _Scored(parts.reward, rewards, ref_error)
+            return _Scored(PairRewards(reward, None, error, None), ref_error, backward)
+        rewards = PairRewards(reward[:n], reward[n:], error[:n], error[n:], cross, batch.label)
+        return _Scored(rewards, ref_error, backward)
 
-    def _backward(self, reward: torch.Tensor, solution: Solution, share: float = 1.0) -> None:
+    def _rewards(
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        target: torch.Tensor,
+        ref_error: torch.Tensor | None,
+        *conditioning: Any,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """(reward, error, cross) of a forward, a function of its inputs and the weights alone."""
+        pred = self.policy.forward_pass(noisy, timesteps, Conditioning(*conditioning))
+        cross = self.config.safeguard is not None
+        parts = implicit_reward_parts(pred, target, ref_error=ref_error, cross=cross)
+        return parts.reward, parts.error, parts.cross
+
+    def _weighted(self, reward: torch.Tensor, weight: torch.Tensor) -> None:
+        self.engine.backward((weight * reward).sum())
+
+    def _backward(self, scored: _Scored, solution: Solution, share: float = 1.0) -> None:
         weights = [solution.grad_w] if solution.grad_l is None else [solution.grad_w, solution.grad_l]
         weight = torch.cat(weights) * share
+        assert scored.backward is not None
         with phase("backward"):
-            self.engine.backward((weight.detach() * reward).sum())
-        self.policy.count_backward(len(reward))
+            scored.backward(weight.detach())
+        self.policy.count_backward(len(weight))
 
     def _gather(self, rewards: PairRewards) -> PairRewards:
         with phase("communication"):

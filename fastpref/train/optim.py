@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,15 +25,29 @@ def build_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> tor
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, lr=lr, weight_decay=decay)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(
-            parameters, lr=lr, betas=betas, eps=config.adam_epsilon, weight_decay=decay, fused=True
-        )
+        device = parameters[0].device
+        on_gpu = device.type == "cuda"  # where a recorded step reads its rate from memory
+        rate = torch.tensor(lr, device=device) if on_gpu else lr
+        settings: dict[str, Any] = {"eps": config.adam_epsilon, "weight_decay": decay, "fused": True}
+        return torch.optim.AdamW(parameters, lr=rate, betas=betas, capturable=on_gpu, **settings)
     library, name = _bitsandbytes(config.optimizer), config.optimizer
     if name == "paged_adamw8bit" and parameters[0].device.type == "cpu":
         name = "adamw8bit"  # what bitsandbytes falls back to, without its warning
     kind = getattr(library.optim, _BITSANDBYTES[name])
-    settings = {} if name == "lion8bit" else {"eps": config.adam_epsilon}
-    return kind(parameters, lr=lr, betas=betas, weight_decay=decay, **settings)
+    more = {} if name == "lion8bit" else {"eps": config.adam_epsilon}
+    return kind(parameters, lr=lr, betas=betas, weight_decay=decay, **more)
+
+
+def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float) -> None:
+    """Of an optimizer's groups, whatever they keep it in, alone or together."""
+    shared: dict[int, torch.Tensor] = {}
+    for group in groups:
+        if isinstance(group["lr"], torch.Tensor):
+            shared[id(group["lr"])] = group["lr"]
+        else:
+            group["lr"] = rate
+    for tensor in shared.values():
+        tensor.fill_(rate)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, str, Any]]:

@@ -30,7 +30,7 @@ from fastpref.data.workspace import Ranks
 from fastpref.errors import UserError
 from fastpref.models.loading import model_dir_of, unet_fingerprint
 from fastpref.models.noise_schedule import NoiseSchedule
-from fastpref.models.policy import Policy, load_reference
+from fastpref.models.policy import Policy, autocasts, load_reference
 from fastpref.models.time_ids import target_time_ids
 from fastpref.train.batch import BatchBuilder, PairBatch
 from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_store
@@ -60,6 +60,7 @@ def ledger_of(config: Config, model_dir: Path, store: Store, sampler: Sampler, s
         group_size=config.group,
         size_conditioning=sizes_told(config, store),
         micro_batch_size=config.micro_batch if in_half_precision(config) else None,
+        autocast=autocasts(config) if in_half_precision(config) else None,
         **{name: getattr(config, name) for name in (*own, *rounding)},
     )
     return Ledger(store.path, facts, sampler.batches_per_epoch)

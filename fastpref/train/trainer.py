@@ -8,6 +8,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastpref.models.policy import Policy
 from fastpref.models.state_dict import check_finite
 from fastpref.models.work import Work
 from fastpref.train.engine import Engine
+from fastpref.train.graphs import Graphs, Inputs, capture_fault, plain_forward
 from fastpref.watch import Watch
 
 
@@ -31,6 +33,10 @@ class Trainer(ABC):
 
     def begin(self, run_dir: Path, watch: Watch) -> None:  # noqa: B027 - most trainers need neither
         """Called once, after a checkpoint was put back and before the first step."""
+
+    def record_graphs(self, device: torch.device) -> str | None:
+        """See :meth:`PolicyTrainer.record_graphs`; preference models run as plain code."""
+        return None
 
     def close(self) -> None:
         """Called once, after the last step or an error: nothing is read ahead from then on."""
@@ -125,9 +131,49 @@ def check_trained(trainable: Mapping[str, torch.Tensor], run_dir: Path) -> None:
 
 
 class PolicyTrainer(Trainer):
-    """A trainer whose trained model is a diffusion policy."""
+    """A trainer whose trained model is a diffusion policy; on a GPU, what every step repeats is recorded."""
 
     policy: Policy
+    graphs: Graphs | None = None
+
+    def record_graphs(self, device: torch.device) -> str | None:
+        """Record from now on what can be; called once, before the first step.
+
+        Returns:
+            Why something is not recorded, in one line; None if all is, or if nobody would expect it.
+        """
+        fault = capture_fault(self.config, device)
+        if fault is not None:
+            asked = device.type == "cuda" and self.config.cuda_graphs is not False
+            return f"no CUDA graphs: {fault}" if asked else None
+        keeps = self.config.accumulation == "keep_graphs"
+        self.graphs = graphs = Graphs(device, keeps=keeps)
+        self.policy.repeat = graphs.run
+        return self.engine.record_graphs(graphs.run)
+
+    def on_stream(self) -> AbstractContextManager[None]:
+        """Around all that a step computes."""
+        return nullcontext() if self.graphs is None else self.graphs.ahead()
+
+    def repeated(self, name: str, function: Callable[..., Any], inputs: Inputs, key: Any = ()) -> Any:
+        """``function(*inputs)`` without gradients; see :meth:`fastpref.train.graphs.Graphs.run`."""
+        if self.graphs is None:
+            with torch.no_grad():
+                return function(*inputs)
+        return self.graphs.run(name, function, inputs, key)
+
+    def differentiable(
+        self,
+        name: str,
+        function: Callable[..., tuple[torch.Tensor | None, ...]],
+        backward: Callable[[torch.Tensor, torch.Tensor], None],
+        inputs: Inputs,
+        slot: Any = 0,
+    ) -> tuple[tuple[torch.Tensor | None, ...], Callable[[torch.Tensor], None]]:
+        """See :meth:`fastpref.train.graphs.Graphs.forward`."""
+        if self.graphs is None or not self.engine.settled:
+            return plain_forward(function, backward, inputs)
+        return self.graphs.forward(name, function, backward, inputs, slot)
 
     def work(self) -> Work:
         policy = self.policy

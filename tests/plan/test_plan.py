@@ -62,8 +62,7 @@ def test_weights_and_trained_values_are_those_of_the_loaded_policy(sdxl_config: 
         config = sdxl_config("method=dpo", *extra)
         policy = TrainJob.open(config).trainer.policy
         count = counted(config, 1)
-        models = [m for m in (policy.unet, policy.reference_unet) if m is not None]
-        everything = sum(t.nbytes for m in models for t in (*m.parameters(), *m.buffers()))
+        everything = sum(tensor.nbytes for tensor in policy.tensors())
         assert count.trained_values == sum(p.numel() for p in policy.trainable.values())
         assert count.trained == sum(p.nbytes for p in policy.trainable.values())
         assert count.frozen + count.trained == everything

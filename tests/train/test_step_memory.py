@@ -45,8 +45,7 @@ def test_nothing_of_the_graph_outlives_its_backward(
     trainer.step(0)  # makes the optimizer's state, and compiles
     gc.collect()
     assert all(parameter.grad is None for parameter in policy.trainable.values())
-    models = [model for model in (policy.unet, policy.reference_unet) if model is not None]
-    with PeakMemory([t for model in models for t in (*model.parameters(), *model.buffers())]) as memory:
+    with PeakMemory(policy.tensors()) as memory:
         trainer.step(1)
         assert memory.peak > 1e6
         left = memory.live

@@ -1,0 +1,108 @@
+"""Steps that are recorded once and replayed: equal to plain ones bit for bit, on the GPU of ``stand_in_gpu``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stand_in_gpu import CUDA, StandInGpu
+from stand_in_graphs import CaptureError, Graph
+
+from fastpref.config import Config
+from fastpref.train.graphs import Graphs
+from fastpref.train.job import TrainJob
+from fastpref.train.offline import OfflineTrainer
+from fastpref.train.reference import prepare_reference
+from fastpref.watch import Watch
+
+Recipe = Callable[..., Config]
+WAITING = ("elif bool(finite)", "self.optimizer.step()")  # Adafactor
+STEPS = 4  # plain, recorded, replayed twice
+METHODS = {
+    "dpo, bf16": ["method=dpo", "safeguard=0.9", "ema_decay=0.9", "gradient_checkpointing=true", "precision=bf16"],
+    "rpo, rewards first, fp16": ["method=rpo", "micro_batch_size=1", "group_size=2", "precision=fp16"],
+    "rpo, all graphs, bf16": ["method=rpo", "micro_batch_size=1", "accumulation=keep_graphs", "precision=bf16"],
+    "rpo, full, a copy as reference": ["method=rpo", "train=full", "reference=copy", "precision=bf16"],
+    "rpo, ledger, adafactor": ["method=rpo", "reference=ledger", "max_grad_norm=null", "optimizer=adafactor"],
+}
+
+
+@pytest.fixture
+def recipe(sdxl_config: Recipe, clip: Path, few_records: Path, one_level_unet: Path) -> Recipe:
+    files = [f"clip={clip}", f"records={few_records}", f"unet={one_level_unet}"]
+    fixed = ["vae_precision=fp32", "batch_size=2", "resolution=32", "device=cuda", f"steps={STEPS}"]
+    return lambda *more: sdxl_config(*files, *fixed, *more)
+
+
+def trained(config: Config, run_dir: Path, gpu: StandInGpu) -> tuple[list[dict[str, Any]], list[torch.Tensor], Any]:
+    """Metrics, weights and trainer after STEPS steps; the last records nothing new and waits for nothing."""
+    if config.reference == "ledger":
+        prepare_reference(config, progress=False)
+    trainer = TrainJob.open(config).trainer
+    assert isinstance(trainer, OfflineTrainer)
+    run_dir.mkdir()
+    trainer.begin(run_dir, Watch())
+    launched = []
+    for step in range(STEPS):
+        if step == STEPS - 1:
+            known = _recorded(trainer)
+            gpu.waits.clear()
+        launched.append(trainer.launch(step))
+    assert _recorded(trainer) == known
+    assert not [wait for wait in gpu.waits if not any(own in wait for own in WAITING)]
+    weights = [parameter.detach().cpu() for parameter in trainer.policy.trainable.values()]
+    return [metrics() for metrics in launched], weights, trainer
+
+
+def _recorded(trainer: OfflineTrainer) -> list[Any]:
+    works = trainer.graphs._works.values() if trainer.graphs is not None else ()
+    return [(work.forward, work.backward) for shapes in works for work in shapes.values()]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_recorded_steps_are_the_plain_ones(recipe: Recipe, tmp_path: Path, name: str) -> None:
+    with StandInGpu() as gpu:
+        plain, expected, trainer = trained(recipe(*METHODS[name], "cuda_graphs=false"), tmp_path / "plain", gpu)
+        work, before = trainer.work(), Graph.replays
+        metrics, found, trainer = trained(recipe(*METHODS[name]), tmp_path / "recorded", gpu)
+        assert Graph.replays - before >= 2 * (STEPS - 1)
+        assert trainer.work() == work
+    assert metrics == plain
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_cannot_be_recorded_raises(tmp_path: Path) -> None:
+    with StandInGpu():
+        graphs, given = Graphs(CUDA), torch.ones(2, device=CUDA)
+        for number, read_back in enumerate((lambda x: x * x.sum().item(), lambda x: x + torch.ones(2).to(CUDA))):
+            graphs.run(f"{number}", read_back, [given])
+            with pytest.raises(CaptureError):
+                graphs.run(f"{number}", read_back, [given])
+
+
+def test_a_forward_that_waits_for_its_backward_is_not_written_over() -> None:
+    """With one pool the second forward takes the memory of what the first keeps; ``keeps`` gives each its own."""
+    weight = torch.tensor([2.0])
+    with StandInGpu():
+        for keeps in (True, False):
+            there = torch.nn.Parameter(weight.to(CUDA))
+            there.grad = torch.zeros_like(there)
+            graphs = Graphs(CUDA, keeps=keeps)
+
+            def forward(x: torch.Tensor, there: torch.Tensor = there) -> tuple[torch.Tensor]:
+                return ((there * x).exp(),)
+
+            def backward(result: torch.Tensor, factor: torch.Tensor) -> None:
+                (result * factor).sum().backward()
+
+            one = torch.ones(1, device=CUDA)
+            for _ in range(3):
+                there.grad.zero_()
+                waiting = [graphs.forward("f", forward, backward, [one * n], slot=n)[1] for n in (1, 2)]
+                for later in waiting:
+                    later(one)
+            exact = (2 * weight).exp() * 2 + weight.exp()
+            assert torch.equal(there.grad.cpu(), exact) == keeps
