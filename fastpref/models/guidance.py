@@ -58,11 +58,17 @@ class GuidedRows:
 
     def __call__(self, noisy: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(with the prompt, without it or None), each (N, C, H, W) as ``predict`` gives them, from one call."""
-        if not self.two:
-            return self.predict(noisy, timesteps, self.conditioning), None
-        prediction = self.predict(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), self.conditioning)
-        without, prompted = prediction.chunk(2)
-        return prompted, without
+        return both_predictions(self.predict, noisy, timesteps, self.conditioning, two=self.two)
+
+
+def both_predictions(
+    predict: Predict, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, *, two: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As :class:`GuidedRows` gives them; ``conditioning`` has a row for each of the UNet's, 2N if ``two``."""
+    if not two:
+        return predict(noisy, timesteps, conditioning), None
+    without, prompted = predict(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), conditioning).chunk(2)
+    return prompted, without
 
 
 def with_empty(conditioning: Conditioning, empty: Conditioning) -> Conditioning:

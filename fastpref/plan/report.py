@@ -76,9 +76,9 @@ def make_plan(config: Config, gpus: int, device: str, family: str | None = None)
 
 def _plan(config: Config, gpus: int, device: str, shapes: Shapes, nearest: str) -> Plan:
     batch = Batch.of(config, gpus)
-    unseen: dict[str, object] = (
-        {"compile": False} if config.step_in_backward else {"compile": False, "optimizer": "adamw"}
-    )
+    unseen: dict[str, object] = {"compile": False, "cuda_graphs": False}
+    if not config.step_in_backward:
+        unseen["optimizer"] = "adamw"
     if gpus > 1:
         unseen["engine"] = "deepspeed"
     seen = config.model_copy(update=unseen)  # what the count does not depend on, or counts as eager

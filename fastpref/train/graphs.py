@@ -12,6 +12,7 @@ is not so: each has a pool of its own.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,10 +53,11 @@ class Graphs:
 
     Args:
         device: a GPU. keeps: several forwards wait for their backwards.
+        strict: raise where something cannot be recorded, instead of running it as plain code and warning.
     """
 
-    def __init__(self, device: torch.device, *, keeps: bool = False) -> None:
-        self.device, self.keeps = device, keeps
+    def __init__(self, device: torch.device, *, keeps: bool = False, strict: bool = True) -> None:
+        self.device, self.keeps, self.strict = device, keeps, strict
         self.stream = torch.cuda.Stream(device)
         self._pools: dict[Any, Any] = {}
         self._works: dict[str, dict[Any, _Work]] = {}
@@ -77,12 +79,8 @@ class Graphs:
             name: of the work. key: what else than shapes and dtypes decides what ``function`` does.
         """
         work = self._work(name, key, inputs, slot="passes")
-        if work.calls <= _PLAIN_CALLS:
+        if not self._ready(name, work, function, inputs):
             return function(*inputs)
-        if work.forward is None:
-            work.record_forward(self, function, inputs)
-        else:
-            work.take(inputs)
         work.forward.replay()
         return _copied(work.outputs)
 
@@ -93,23 +91,37 @@ class Graphs:
         backward: Callable[[Tensor, Tensor], None],
         inputs: Inputs,
         slot: int = 0,
+        key: Any = (),
     ) -> tuple[tuple[Tensor | None, ...], Callable[[Tensor], None]]:
         """Results of ``function(*inputs)``, without a graph, and what back-propagates from the first of them.
 
         Args:
             backward: is given that first result, with its graph, and the argument of what is returned.
-            slot: counts the forwards that wait for their backwards.
+            slot: counts the forwards that wait for their backwards. key: as for :meth:`run`.
         """
-        work = self._work(name, slot, inputs, slot if self.keeps else "passes")
-        if work.calls <= _PLAIN_CALLS:
-            return plain_forward(function, backward, inputs)
-        if work.forward is None:
-            with torch.enable_grad():
-                work.record_forward(self, function, inputs)
-        else:
-            work.take(inputs)
+        slot = slot if self.keeps else 0
+        work = self._work(name, (slot, key), inputs, slot if self.keeps else "passes")
+        with torch.enable_grad():
+            if not self._ready(name, work, function, inputs):
+                return plain_forward(function, backward, inputs)
         work.forward.replay()
         return _copied(_detached(work.outputs)), lambda weight: work.replay_backward(self, backward, weight)
+
+    def _ready(self, name: str, work: _Work, function: Callable[..., Any], inputs: Inputs) -> bool:
+        """Whether the work can be replayed: it is recorded, and ``inputs`` are where it reads them."""
+        if work.calls <= _PLAIN_CALLS or work.fault is not None:
+            return False
+        if work.forward is not None:
+            work.take(inputs)
+            return True
+        try:
+            work.record_forward(self, function, inputs)
+        except RuntimeError as error:
+            if self.strict:
+                raise
+            work.fault = str(error).splitlines()[0]
+            warnings.warn(f"no CUDA graph of {name}, which runs as plain code: {work.fault}", stacklevel=2)
+        return work.fault is None
 
     def _work(self, name: str, key: Any, inputs: Inputs, slot: Any) -> _Work:
         works = self._works.setdefault(name, {})
@@ -136,6 +148,7 @@ class _Work:
 
     def __init__(self, slot: Any) -> None:
         self.calls, self.slot = 0, slot
+        self.fault: str | None = None  # why it cannot be recorded
         self.forward: Any = None
         self.backward: Any = None
         self.outputs: Any = None

@@ -155,6 +155,10 @@ class StepwiseTrainer(PolicyTrainer):
 
     def launch(self, step: int) -> Callable[[], dict[str, Any]]:
         """The step without waiting for the device; its numbers are asked for afterwards. A round that begins waits."""
+        with self.on_stream():
+            return self._launch(step)
+
+    def _launch(self, step: int) -> Callable[[], dict[str, Any]]:
         if self.position == len(self.batches):
             self._next_round(step)
         assert self.transitions is not None and self.record is not None
@@ -164,12 +168,8 @@ class StepwiseTrainer(PolicyTrainer):
         for micro in self.micro_batches(len(rows)):
             own = rows[micro]
             part = self.transitions.rows(own if len(own) else rows[:1])
-            value, ratios = self.objective.loss(part)
-            scaled = value * (len(own) / len(rows))
-            with phase("backward"):
-                self.engine.backward(scaled)
-            self.policy.count_backward(self.objective.unet_rows(part))
-            losses.append(scaled.detach().double())
+            value, ratios = self._back_propagated(part, len(own) / len(rows))
+            losses.append(value.double())
             parts.append(ratios[:, : len(own)])
         with phase("communication"):
             found = self.engine.world.gather(torch.cat(parts, dim=1))
@@ -182,6 +182,22 @@ class StepwiseTrainer(PolicyTrainer):
         self.seconds += time.perf_counter() - began
         self._close_round(len(rows))
         return partial(self._metrics, step, figures, rate, self.round, self.record.line.get("pairs_kept"))
+
+    def _back_propagated(self, part: Transitions, share: float) -> tuple[Tensor, Tensor]:
+        """``share`` of the loss of some transitions, whose gradient is there then, and their likelihood ratios."""
+        piece, rows = self.objective.laid_out(part), self.objective.unet_rows(part)
+        terms = partial(self.objective.terms, piece.shared)
+        found, backward = self.differentiable("transitions", terms, self._scaled, piece.inputs, key=piece.shared)
+        value, ratios = found
+        assert value is not None and ratios is not None
+        with phase("backward"):
+            backward(torch.full_like(value, share))
+        self.policy.forwards += 2 * rows
+        self.policy.count_backward(rows)
+        return value * share, piece.restored(ratios)
+
+    def _scaled(self, value: Tensor, share: Tensor) -> None:
+        self.engine.backward(value * share)
 
     def _next_round(self, step: int) -> None:
         """Roll out until a round has pairs.

@@ -141,13 +141,16 @@ class PolicyTrainer(Trainer):
 
         Returns:
             Why something is not recorded, in one line; None if all is, or if nobody would expect it.
+
+        Raises:
+            UserError: ``cuda_graphs`` is true and nothing can be recorded.
         """
-        fault = capture_fault(self.config, device)
+        fault, wanted = capture_fault(self.config, device), self.config.cuda_graphs
         if fault is not None:
-            asked = device.type == "cuda" and self.config.cuda_graphs is not False
-            return f"no CUDA graphs: {fault}" if asked else None
-        keeps = self.config.accumulation == "keep_graphs"
-        self.graphs = graphs = Graphs(device, keeps=keeps)
+            if wanted is True:
+                raise UserError(f"cuda_graphs is true, but {fault}", "cuda_graphs", "use cuda_graphs=auto")
+            return f"no CUDA graphs: {fault}" if wanted == "auto" and device.type == "cuda" else None
+        self.graphs = graphs = Graphs(device, keeps=self.config.accumulation == "keep_graphs", strict=wanted is True)
         self.policy.repeat = graphs.run
         return self.engine.record_graphs(graphs.run)
 
@@ -168,12 +171,13 @@ class PolicyTrainer(Trainer):
         function: Callable[..., tuple[torch.Tensor | None, ...]],
         backward: Callable[[torch.Tensor, torch.Tensor], None],
         inputs: Inputs,
-        slot: Any = 0,
+        slot: int = 0,
+        key: Any = (),
     ) -> tuple[tuple[torch.Tensor | None, ...], Callable[[torch.Tensor], None]]:
         """See :meth:`fastpref.train.graphs.Graphs.forward`."""
         if self.graphs is None or not self.engine.settled:
             return plain_forward(function, backward, inputs)
-        return self.graphs.forward(name, function, backward, inputs, slot)
+        return self.graphs.forward(name, function, backward, inputs, slot, key)
 
     def work(self) -> Work:
         policy = self.policy

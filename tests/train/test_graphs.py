@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,20 +13,32 @@ from stand_in_gpu import CUDA, StandInGpu
 from stand_in_graphs import CaptureError, Graph
 
 from fastpref.config import Config
+from fastpref.errors import UserError
 from fastpref.train.graphs import Graphs
 from fastpref.train.job import TrainJob
-from fastpref.train.offline import OfflineTrainer
 from fastpref.train.reference import prepare_reference
+from fastpref.train.trainer import PolicyTrainer
 from fastpref.watch import Watch
 
 Recipe = Callable[..., Config]
 WAITING = ("elif bool(finite)", "self.optimizer.step()")  # Adafactor
 STEPS = 4  # plain, recorded, replayed twice
+STEPWISE = [
+    *(
+        "sample_steps=6",
+        "plain_steps=2",
+        "candidates=2",
+        "rollout_prompts=2",
+        "score_threshold=0",
+        "micro_batch_size=1",
+    ),
+]
 METHODS = {
     "dpo, bf16": ["method=dpo", "safeguard=0.9", "ema_decay=0.9", "gradient_checkpointing=true", "precision=bf16"],
     "rpo, rewards first, fp16": ["method=rpo", "micro_batch_size=1", "group_size=2", "precision=fp16"],
     "rpo, all graphs, bf16": ["method=rpo", "micro_batch_size=1", "accumulation=keep_graphs", "precision=bf16"],
     "rpo, full, a copy as reference": ["method=rpo", "train=full", "reference=copy", "precision=bf16"],
+    "spo, bf16": ["method=spo", "precision=bf16", *STEPWISE],
     "rpo, ledger, adafactor": ["method=rpo", "reference=ledger", "max_grad_norm=null", "optimizer=adafactor"],
 }
 
@@ -42,7 +55,7 @@ def trained(config: Config, run_dir: Path, gpu: StandInGpu) -> tuple[list[dict[s
     if config.reference == "ledger":
         prepare_reference(config, progress=False)
     trainer = TrainJob.open(config).trainer
-    assert isinstance(trainer, OfflineTrainer)
+    assert isinstance(trainer, PolicyTrainer)
     run_dir.mkdir()
     trainer.begin(run_dir, Watch())
     launched = []
@@ -57,9 +70,9 @@ def trained(config: Config, run_dir: Path, gpu: StandInGpu) -> tuple[list[dict[s
     return [metrics() for metrics in launched], weights, trainer
 
 
-def _recorded(trainer: OfflineTrainer) -> list[Any]:
+def _recorded(trainer: PolicyTrainer) -> set[Any]:
     works = trainer.graphs._works.values() if trainer.graphs is not None else ()
-    return [(work.forward, work.backward) for shapes in works for work in shapes.values()]
+    return {(work.forward, work.backward) for shapes in works for work in shapes.values()}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -67,7 +80,7 @@ def test_recorded_steps_are_the_plain_ones(recipe: Recipe, tmp_path: Path, name:
     with StandInGpu() as gpu:
         plain, expected, trainer = trained(recipe(*METHODS[name], "cuda_graphs=false"), tmp_path / "plain", gpu)
         work, before = trainer.work(), Graph.replays
-        metrics, found, trainer = trained(recipe(*METHODS[name]), tmp_path / "recorded", gpu)
+        metrics, found, trainer = trained(recipe(*METHODS[name], "cuda_graphs=true"), tmp_path / "recorded", gpu)
         assert Graph.replays - before >= 2 * (STEPS - 1)
         assert trainer.work() == work
     assert metrics == plain
@@ -81,6 +94,23 @@ def test_what_cannot_be_recorded_raises(tmp_path: Path) -> None:
             graphs.run(f"{number}", read_back, [given])
             with pytest.raises(CaptureError):
                 graphs.run(f"{number}", read_back, [given])
+            lenient = Graphs(CUDA, strict=False)
+            lenient.run("work", read_back, [given])
+            with pytest.warns(UserWarning, match="no CUDA graph of work, which runs as plain code"):
+                lenient.run("work", read_back, [given])
+            assert torch.equal(lenient.run("work", read_back, [given]).cpu(), torch.full((2,), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [(["device=cpu"], "they need a GPU"), (["engine=deepspeed"], "DeepSpeed runs Python in every pass")],
+)
+def test_graphs_that_cannot_be_are_one_line(recipe: Recipe, settings: list[str], why: str) -> None:
+    config = recipe("method=dpo", *settings, "cuda_graphs=true")
+    device = torch.device("cpu") if "device=cpu" in settings else CUDA
+    with pytest.raises(UserError) as refused:
+        PolicyTrainer.record_graphs(SimpleNamespace(config=config), device)
+    assert str(refused.value) == f"cuda_graphs is true, but {why} (cuda_graphs): use cuda_graphs=auto"
 
 
 def test_a_forward_that_waits_for_its_backward_is_not_written_over() -> None:
