@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from recorded import METHODS, STEPS, WAITING, trained
 from stand_in_gpu import CUDA, StandInGpu
 from stand_in_graphs import CaptureError, Graph
 
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.train.graphs import Graphs
-from fastpref.train.job import TrainJob
-from fastpref.train.reference import prepare_reference
 from fastpref.train.trainer import PolicyTrainer
-from fastpref.watch import Watch
 
 Recipe = Callable[..., Config]
-WAITING = ("elif bool(finite)", "self.optimizer.step()")  # Adafactor
-STEPS = 4  # plain, recorded, replayed twice
-STEPWISE = [
-    *(
-        "sample_steps=6",
-        "plain_steps=2",
-        "candidates=2",
-        "rollout_prompts=2",
-        "score_threshold=0",
-        "micro_batch_size=1",
-    ),
-]
-METHODS = {
-    "dpo, bf16": ["method=dpo", "safeguard=0.9", "ema_decay=0.9", "gradient_checkpointing=true", "precision=bf16"],
-    "rpo, rewards first, fp16": ["method=rpo", "micro_batch_size=1", "group_size=2", "precision=fp16"],
-    "rpo, all graphs, bf16": ["method=rpo", "micro_batch_size=1", "accumulation=keep_graphs", "precision=bf16"],
-    "rpo, full, a copy as reference": ["method=rpo", "train=full", "reference=copy", "precision=bf16"],
-    "spo, bf16": ["method=spo", "precision=bf16", *STEPWISE],
-    "rpo, ledger, adafactor": ["method=rpo", "reference=ledger", "max_grad_norm=null", "optimizer=adafactor"],
-}
 
 
 @pytest.fixture
@@ -50,37 +29,20 @@ def recipe(sdxl_config: Recipe, clip: Path, few_records: Path, one_level_unet: P
     return lambda *more: sdxl_config(*files, *fixed, *more)
 
 
-def trained(config: Config, run_dir: Path, gpu: StandInGpu) -> tuple[list[dict[str, Any]], list[torch.Tensor], Any]:
-    """Metrics, weights and trainer after STEPS steps; the last records nothing new and waits for nothing."""
-    if config.reference == "ledger":
-        prepare_reference(config, progress=False)
-    trainer = TrainJob.open(config).trainer
-    assert isinstance(trainer, PolicyTrainer)
-    run_dir.mkdir()
-    trainer.begin(run_dir, Watch())
-    launched = []
-    for step in range(STEPS):
-        if step == STEPS - 1:
-            known = _recorded(trainer)
-            gpu.waits.clear()
-        launched.append(trainer.launch(step))
-    assert _recorded(trainer) == known
+@contextmanager
+def waiting_for_nothing(gpu: StandInGpu) -> Iterator[None]:
+    gpu.waits.clear()
+    yield
     assert not [wait for wait in gpu.waits if not any(own in wait for own in WAITING)]
-    weights = [parameter.detach().cpu() for parameter in trainer.policy.trainable.values()]
-    return [metrics() for metrics in launched], weights, trainer
-
-
-def _recorded(trainer: PolicyTrainer) -> set[Any]:
-    works = trainer.graphs._works.values() if trainer.graphs is not None else ()
-    return {(work.forward, work.backward) for shapes in works for work in shapes.values()}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_recorded_steps_are_the_plain_ones(recipe: Recipe, tmp_path: Path, name: str) -> None:
     with StandInGpu() as gpu:
-        plain, expected, trainer = trained(recipe(*METHODS[name], "cuda_graphs=false"), tmp_path / "plain", gpu)
+        watched = partial(waiting_for_nothing, gpu)
+        plain, expected, trainer = trained(recipe(*METHODS[name], "cuda_graphs=false"), tmp_path / "plain", watched)
         work, before = trainer.work(), Graph.replays
-        metrics, found, trainer = trained(recipe(*METHODS[name], "cuda_graphs=true"), tmp_path / "recorded", gpu)
+        metrics, found, trainer = trained(recipe(*METHODS[name], "cuda_graphs=true"), tmp_path / "recorded", watched)
         assert Graph.replays - before >= 2 * (STEPS - 1)
         assert trainer.work() == work
     assert metrics == plain
