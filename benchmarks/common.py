@@ -33,7 +33,10 @@ def provenance() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:  # a copy of the tree on a machine without git
+        return subprocess.CompletedProcess(arguments, 127, "", "")
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -2,7 +2,8 @@
 
     python benchmarks/kernels.py [gpu|counts|cpu|host|rpo …] [--sizes 1024 16384] [--repeats 5] [--plot] [--out FOLDER]
 
-    gpu     ms, GB/s, share of the copy bandwidth of the same run, peak memory: fastpref, eager fp32 and bf16, compiled
+    gpu     ms, GB/s, share of the copy bandwidth of the same run, peak memory: fastpref, eager fp32 and bf16, compiled;
+            with --short every op at its middle size, fastpref and eager bf16: seconds, nothing is compiled
     counts  bytes per element, launches and peak memory of the interpreted kernels and of eager torch: counts, not times
     cpu     every op's CPU path beside eager fp32, eager bf16 and compiled bf16, by pytest-benchmark; also writes the
             table of ratios, kernels_cpu.md
@@ -157,11 +158,13 @@ def _without_gpu() -> str:
     return "\n".join([*lines, f"{len(lines)} timings skipped: torch.cuda.is_available() is False"])
 
 
-def measure(what: list[str], sizes: list[int], repeats: int, folder: Path) -> dict[str, list[Row]]:
+def measure(
+    what: list[str], sizes: list[int], repeats: int, folder: Path, *, short: bool = False
+) -> dict[str, list[Row]]:
     """Rows by kind."""
     measured: dict[str, list[Row]] = {}
     if "gpu" in what:
-        measured["gpu"] = _child("kernels_gpu.py")
+        measured["gpu"] = _child("kernels_gpu.py", *(["--short"] if short else []))
     if "counts" in what:
         measured["counts"] = _child("kernels_counts.py", interpreted=True)
     if "cpu" in what:
@@ -171,6 +174,19 @@ def measure(what: list[str], sizes: list[int], repeats: int, folder: Path) -> di
     if "rpo" in what:
         measured["rpo"] = rpo(sizes, repeats)
     return measured
+
+
+def _kept(stored: list[dict[str, str]], measured: dict[str, list[Row]], *, short: bool) -> list[Row]:
+    """Stored rows that the measured ones do not replace: those of other kinds, and in short of other cases."""
+    case = ("kind", "workload", "shape", "form")
+    again = {tuple(str(row[name]) for name in case) for rows in measured.values() for row in rows}
+    partly = ("gpu",) if short else ()
+    return [
+        dict(row)
+        for row in stored
+        if row["kind"] not in measured
+        or (row["kind"] in partly and tuple(row[name] for name in case) not in again)
+    ]
 
 
 def main() -> int:
@@ -183,6 +199,7 @@ def main() -> int:
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV and the plots")
     parser.add_argument("--skip-without-gpu", action="store_true")
+    parser.add_argument("--short", action="store_true", help="gpu: one size of every op, two forms; the other rows stay")
     options = parser.parse_args()
     what = options.what or (["gpu"] if torch.cuda.is_available() else ["counts", "rpo"])
     if "gpu" in what and not torch.cuda.is_available():
@@ -190,11 +207,11 @@ def main() -> int:
             parser.error("gpu: torch.cuda.is_available() is False")
         print(_without_gpu())
         what = [kind for kind in what if kind != "gpu"]
-    measured = measure(what, options.sizes, options.repeats, options.out)
+    measured = measure(what, options.sizes, options.repeats, options.out, short=options.short)
     if not measured:
         return 0
     table = options.out / "kernels.csv"
-    kept: list[Row] = [row for row in read_csv(table) if row["kind"] not in measured]
+    kept = _kept(read_csv(table), measured, short=options.short)
     origin = provenance() | {"triton": version("triton")}
     write_csv(table, kept + [row | origin for rows in measured.values() for row in rows])
     if options.plot:

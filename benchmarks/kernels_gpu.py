@@ -1,4 +1,4 @@
-"""Every workload on the GPU at real sizes: prints JSON rows for `kernels.py gpu`."""
+"""Every workload on the GPU at real sizes, or at the middle one: prints JSON rows for `kernels.py gpu [--short]`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from devices import forget_peak, name_of, peak_device_bytes, seconds
 from kernels_workloads import Workload, all_sizes, text
 
 from gpu.workloads import leaves  # isort: skip  # on the path by kernels_workloads
 
 FORMS = ("fastpref", "eager fp32", "eager bf16", "compiled bf16")
+SHORT = ("fastpref", "eager bf16")  # nothing that compiles for seconds
 WARM, REPEATS = 5, 30
 NAIVE_LIMIT = 8 << 30  # bytes of one contrast matrix beyond which eager RPO is left out
 
 
-def milliseconds(run: Callable[[], Any]) -> float:
-    """Median device time, with the L2 cache emptied before each run."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+def milliseconds(run: Callable[[], Any], device: str = "cuda") -> float:
+    """Median device time, with the L2 cache emptied before each run; on a CPU wall-clock time."""
+    if device == "cpu":
+        return 1e3 * statistics.median(seconds(run) for _ in range(3))
     for _ in range(WARM):
         run()
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
     times = []
     for _ in range(REPEATS):
         flush.zero_()
@@ -35,10 +39,21 @@ def milliseconds(run: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def copy_bandwidth() -> float:
-    """GB/s of a copy of 1 GB, reads and writes."""
-    source, out = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
-    return 2 * (1 << 30) / milliseconds(lambda: out.copy_(source)) / 1e6
+def copy_bandwidth(device: str = "cuda") -> float:
+    """GB/s of a copy of 1 GB (on a CPU 1 MB), reads and writes."""
+    size = 1 << (30 if device == "cuda" else 20)
+    source, out = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / milliseconds(lambda: out.copy_(source), device) / 1e6
+
+
+def middle_sizes(small: bool = False) -> list[tuple[Workload, tuple[int, ...]]]:
+    """Every workload at the middle one of its sizes; ``small``: at that of its test."""
+    sizes: dict[str, list[tuple[int, ...]]] = {}
+    found: dict[str, Workload] = {}
+    for w, shape in all_sizes():
+        found[w.name] = w
+        sizes.setdefault(w.name, []).append(shape)
+    return [(w, w.shape if small else sizes[name][len(sizes[name]) // 2]) for name, w in found.items()]
 
 
 def step_of(w: Workload, form: str, inputs: dict[str, Any]) -> Callable[[], Any]:
@@ -54,24 +69,24 @@ def step_of(w: Workload, form: str, inputs: dict[str, Any]) -> Callable[[], Any]
     return step
 
 
-def measure(w: Workload, shape: tuple[int, ...], form: str, copy: float) -> dict[str, Any]:
-    dtype = torch.float32 if form == "eager fp32" else torch.bfloat16
-    inputs = leaves(w.make(shape, dtype, "cuda"), w.wrt)
+def measure(w: Workload, shape: tuple[int, ...], form: str, copy: float, device: str = "cuda") -> dict[str, Any]:
+    dtype, where = torch.float32 if form == "eager fp32" else torch.bfloat16, torch.device(device)
+    inputs = leaves(w.make(shape, dtype, device), w.wrt)
     step = step_of(w, form, inputs)
-    ms = milliseconds(step)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    ms = milliseconds(step, device)
+    forget_peak(where)
+    before = peak_device_bytes(where)  # what is held now
     step()
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = peak_device_bytes(where)
     row: dict[str, Any] = {
         "kind": "gpu",
         "workload": w.name,
         "shape": text(shape),
         "form": form,
         "ms": round(ms, 4),
-        "peak_mb": round(peak / (1 << 20), 2),
+        "peak_mb": "" if isinstance(peak, str) else round((peak - int(before)) / (1 << 20), 2),
         "repeats": REPEATS,
-        "device": torch.cuda.get_device_name(),
+        "device": name_of(where),
         "copy_gb_s": round(copy),
     }
     if w.forward is not None:  # of the bytes that the kernels move, whatever the form moved
@@ -81,10 +96,10 @@ def measure(w: Workload, shape: tuple[int, ...], form: str, copy: float) -> dict
 
 
 def main() -> None:
-    copy = copy_bandwidth()
+    short, copy = "--short" in sys.argv[1:], copy_bandwidth()
     rows = []
-    for w, shape in all_sizes():
-        for form in FORMS:
+    for w, shape in middle_sizes() if short else all_sizes():
+        for form in SHORT if short else FORMS:
             if w.op == "rpo_loss" and form != "fastpref" and 4 * shape[0] ** 2 > NAIVE_LIMIT:
                 continue
             rows.append(measure(w, shape, form, copy))

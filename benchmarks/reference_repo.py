@@ -15,7 +15,7 @@ import torch
 
 from fastpref.config import Config
 from fastpref.errors import UserError
-from fastpref.models.loading import model_dir_of
+from fastpref.models.loading import model_dir_of, resolve_device
 
 _WARM_UP = 2  # steps left out
 _PROGRESS = re.compile(rb"Steps:.*?(\d+)/(\d+)")
@@ -95,18 +95,19 @@ def command(script: PublicScript, repo: Path, python: str, config: Config, steps
     for flag in script.flags:
         if flag in values:
             arguments += [flag, values[flag]]
-        elif flag != "--gradient_checkpointing" or config.gradient_checkpointing:
+        elif flag != "--gradient_checkpointing" or config.gradient_checkpointing not in (False, "none"):
             arguments.append(flag)
     return arguments
 
 
-def environment(out: Path) -> dict[str, str]:
+def environment(out: Path, device: str = "cpu") -> dict[str, str]:
     """What the script finds around it: our number of threads, no network, no tracker, its caches beside its output."""
     threads = str(torch.get_num_threads())
-    return {
+    on_cpu = {"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {}
+    return on_cpu | {
         **{"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"},
         **{"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(out.parent / "datasets")},
-        **{"WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true"},
+        **{"WANDB_MODE": "disabled"},
     }
 
 
@@ -123,14 +124,19 @@ def run_script(repo: Path, python: str, config: Config, steps: int, out: Path) -
         command(script, repo, python, config, _WARM_UP + steps, out),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **environment(out)},
+        env={**os.environ, **environment(out, resolve_device(config.device).type)},
     )
     assert process.stdout is not None
     seen, tail = {0: time.perf_counter()}, b""
-    while block := process.stdout.read1(1 << 16):  # type: ignore[attr-defined]
-        now, tail = time.perf_counter(), (tail + block)[-4096:]
-        for match in _PROGRESS.finditer(tail):
-            seen.setdefault(int(match[1]), now)
+    try:
+        while block := process.stdout.read1(1 << 16):  # type: ignore[attr-defined]
+            now, tail = time.perf_counter(), (tail + block)[-4096:]
+            for match in _PROGRESS.finditer(tail):
+                seen.setdefault(int(match[1]), now)
+    except BaseException:  # whoever gives up waiting leaves no script behind on the device
+        process.kill()
+        process.wait()
+        raise
     if process.wait() or _WARM_UP + steps not in seen:
         last = tail.decode(errors="replace").strip().splitlines()[-1:]
         raise UserError(f"{script.name} ended with {process.returncode}", str(repo), f"it says: {''.join(last)[:200]}")

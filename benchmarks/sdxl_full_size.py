@@ -29,6 +29,7 @@ from fastpref.models import public
 
 OUT = RESULTS / "sdxl_full_size.csv"
 SHARD_BYTES = 512 << 20
+_HOST = torch.device("cpu")
 COMMON = {
     **{"precision": "bf16", "gradient_checkpointing": True, "resolution": 512, "threads": 1, "seed": 1},
     **{"evaluate": False, "tracker": "none", "overwrite": True, "keep_checkpoints": 1},
@@ -67,6 +68,12 @@ random_scores.takes = "latents"  # type: ignore[attr-defined]
 
 def make_model(folder: Path) -> Path:
     """Write the pipeline folder."""
+    write_weights(make_pipeline(folder), folder / "unet")
+    return folder
+
+
+def make_pipeline(folder: Path) -> Any:
+    """Write the pipeline folder but for the UNet's weights; the UNet without any, on the meta device."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -83,17 +90,15 @@ def make_model(folder: Path) -> Path:
     for file in (folder / "unet").glob("*.safetensors"):
         file.unlink()
     unet.save_config(folder / "unet")
-    write_weights(unet, folder / "unet")
-    return folder
+    return unet
 
 
-def write_weights(unet: torch.nn.Module, folder: Path) -> None:
+def write_weights(unet: torch.nn.Module, folder: Path, device: torch.device = _HOST) -> None:
     """Random weights of torch's default scale, in shards with an index as diffusers writes them."""
     shards, where = list(shards_of(unet)), {}
     for number, names in enumerate(shards, 1):
         file = f"diffusion_pytorch_model-{number:05d}-of-{len(shards):05d}.safetensors"
-        random = torch.Generator().manual_seed(number)
-        tensors = {name: drawn(name, unet.get_parameter(name).shape, random) for name in names}
+        tensors = {name: tensor.cpu() for name, tensor in drawn_shard(unet, names, number, device).items()}
         write_tensors(folder / file, tensors, {"format": "pt"})
         where |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": 2 * public.PARAMETERS["sdxl"]}, "weight_map": where}
@@ -113,12 +118,22 @@ def shards_of(unet: torch.nn.Module) -> Iterator[list[str]]:
     yield names
 
 
-def drawn(name: str, shape: torch.Size, random: torch.Generator) -> torch.Tensor:
+def drawn_shard(
+    unet: torch.nn.Module, names: list[str], number: int, device: torch.device = _HOST
+) -> dict[str, torch.Tensor]:
+    """The weights of a shard of :func:`shards_of`, by its number; another kind of device draws other ones."""
+    random = torch.Generator(device).manual_seed(number)
+    return {name: drawn(name, unet.get_parameter(name).shape, random, device) for name in names}
+
+
+def drawn(
+    name: str, shape: torch.Size, random: torch.Generator, device: torch.device = _HOST
+) -> torch.Tensor:
     """Matrices uniform within 1/sqrt(inputs); gains one, offsets zero."""
     if len(shape) < 2:
-        return torch.full(shape, float(name.endswith("weight")), dtype=torch.bfloat16)
+        return torch.full(shape, float(name.endswith("weight")), dtype=torch.bfloat16, device=device)
     bound = math.prod(shape[1:]) ** -0.5
-    return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=random)
+    return torch.empty(shape, dtype=torch.bfloat16, device=device).uniform_(-bound, bound, generator=random)
 
 
 def make_inputs(folder: Path) -> None:

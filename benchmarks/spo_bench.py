@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from devices import seconds, wait
 from literal_spo import Clock, LiteralSPO, as_prompts
-from spo_vs_reference_report import PHASES, ROLLOUT, SCORING, SPANS, TRAINING
+from spo_vs_reference_report import ROLLOUT, SCORING, SPANS, TRAINING
 
 import fastpref.rollout.pool as pool
 from fastpref.config import Config
@@ -67,11 +67,16 @@ class Bench:
         trainer, clock, lines = self._fresh(), Clock(), []
         with watched(trainer, clock):
             began = time.perf_counter()
-            while not lines or trainer.position < len(trainer.batches):
+            trainer._next_round(0)
+            wait(self.device)
+            rolled = time.perf_counter()
+            while trainer.position < len(trainer.batches):
                 lines.append(trainer.step(len(lines)))
             wait(self.device)
-            total = time.perf_counter() - began
-        seconds = {phase: trainer.totals[f"seconds_{phase}"] for phase in PHASES} | {"total": total}
+            ended = time.perf_counter()
+        scoring = trainer.totals["seconds_scoring"]
+        seconds = {ROLLOUT: rolled - began - scoring, SCORING: scoring, TRAINING: ended - rolled}
+        seconds["total"] = ended - began
         found, place = trainer.transitions, {number: i for i, number in enumerate(self.numbers)}
         assert found is not None
         pairs = [(place[int(n)], int(step)) for n, step in zip(found.prompt, found.step, strict=True)]

@@ -113,19 +113,24 @@ def emoji_config(scorer: Path, *overrides: str) -> Config:
 def tiny_config(folder: Path, *overrides: str) -> Config:
     """A random SDXL with a random preference model that knows the timestep, written into ``folder``."""
     from fastpref.emoji.random_models import make_random_clip, make_random_sdxl
-    from fastpref.models.step_preference_file import load_step_preference, resolve_step_preference, save_step_preference
 
     model, clip = make_random_sdxl(folder / "model", vae_factor=2), make_random_clip(folder / "clip")
+    settings = [f"model={model}", f"scorer={random_scorer(clip, folder / 'scorer')}", "resolution=16"]
+    settings += ["score_threshold=0.05", "learning_rate=1e-3", "tracker=none", "evaluate=false"]
+    return load_config("", ["method=spo", *settings, *overrides])
+
+
+def random_scorer(clip: Path, folder: Path) -> Path:
+    """Write a preference model that knows the timestep: the CLIP in ``clip``, all weights moved at random."""
+    from fastpref.models.step_preference_file import load_step_preference, resolve_step_preference, save_step_preference
+
     files = resolve_step_preference(str(clip), None)
     scorer, generator = load_step_preference(files), torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in scorer.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    save_step_preference(scorer, files, folder / "scorer")
-    settings = [f"model={model}", f"scorer={folder / 'scorer'}", "resolution=16", "score_threshold=0.05"]
-    return load_config(
-        "", ["method=spo", *settings, "learning_rate=1e-3", "tracker=none", "evaluate=false", *overrides]
-    )
+    save_step_preference(scorer, files, folder)
+    return folder
 
 
 def refuse_public_code(folder: Path) -> None:

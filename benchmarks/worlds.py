@@ -30,9 +30,11 @@ MODELS = {
     "random": "a random SDXL for trying things out",
 }
 COMPILED = {"False": "", "True": ", compiled", "unet": ", one graph"}  # the setting compile, in a row and a table
+ENCODERS = ("vae", "text_encoder", "text_encoder_2")
 BATCH = 8
 COMMON = ["evaluate=false", "tracker=none", f"batch_size={BATCH}", "lora_rank=8", "beta=100", "learning_rate=1e-4"]
 MID = {"block_out_channels": (96, 192, 384), "transformer_layers_per_block": (1, 2, 4), "attention_head_dim": (3, 6, 6)}
+_HOST = torch.device("cpu")
 
 
 def place(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -115,8 +117,13 @@ def open_full_size(device: Sequence[str] = ()) -> list[str]:
     return settings
 
 
-def make_full_encoders(folder: Path) -> None:
-    """Put a VAE and text encoders of SDXL's public shapes, with random bf16 weights, in place of the small ones."""
+def make_full_encoders(folder: Path, device: torch.device = _HOST, parts: Sequence[str] = ENCODERS) -> None:
+    """Put a VAE and text encoders of SDXL's public shapes, with random bf16 weights, in place of the small ones.
+
+    Args:
+        device: where the weights are drawn.
+        parts: which of :data:`ENCODERS`.
+    """
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -126,13 +133,17 @@ def make_full_encoders(folder: Path) -> None:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     torch.manual_seed(0)
     try:
-        _replace(folder / "vae", AutoencoderKL(**public.VAES["sdxl"]))
-        for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
-            _replace(folder / name, kind(CLIPTextConfig(**public.TEXT_ENCODERS["sdxl"][name] | ends)))
+        with device:
+            for name in parts:
+                if name == "vae":
+                    _replace(folder / name, AutoencoderKL(**public.VAES["sdxl"]))
+                else:
+                    _replace(folder / name, kinds[name](CLIPTextConfig(**public.TEXT_ENCODERS["sdxl"][name] | ends)))
     finally:
         torch.set_default_dtype(before)
 

@@ -54,6 +54,11 @@ def attention_fault(choice: str, device: torch.device, dtype: torch.dtype) -> st
     return None
 
 
+def compute_of(choice: str) -> Compute:
+    """softmax(q·kᵀ/√d)·v of (N, heads, length, width) as ``choice`` (sdpa, sliced, xformers, flash) computes it."""
+    return _COMPUTES[choice]
+
+
 class Attention:
     """The attention processor of a UNet2DConditionModel's layers, which have neither masks nor norms of their own."""
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastpref.models import attention
-from fastpref.models.attention import attention_fault
+from fastpref.models.attention import attention_fault, compute_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +26,7 @@ def test_parity(choice: str, dtype: torch.dtype) -> None:
     results = []
     for inputs, compute in (
         ([x.double() for x in rounded], scaled_dot_product_attention),
-        (rounded, attention._COMPUTES[choice]),
+        (rounded, compute_of(choice)),
     ):
         leaves = [x.clone().requires_grad_() for x in inputs]
         out = compute(*leaves)
