@@ -101,6 +101,7 @@ def measure(world: World, book: Book, chosen: list[str], deadline: float) -> Non
             print(f"{name}: no time is left", flush=True)
             continue
         began, arm = time.perf_counter(), None
+        world.deadline = began + left
         try:
             with limited(left), closing(PARTS[name].measure(world)) as rows:  # type: ignore[type-var]
                 for row in rows:
@@ -132,7 +133,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_device(parser)
     parser.add_argument("--reference-repo", type=Path, help="checkout of diffusers: time its script too")
     parser.add_argument("--python", default=sys.executable, help="interpreter that runs the checkout's script")
-    parser.add_argument("--folder", type=Path, help="for the inputs, a few MB, with --reference-repo 7 GB; default: temporary")
+    parser.add_argument(
+        "--folder", type=Path, help="for the inputs, a few MB, with --reference-repo 7 GB; default: temporary"
+    )
     parser.add_argument("--out", type=Path, help=f"CSV; default: results/{NAME}, of a rehearsal runs/gpu_bench/{NAME}")
     parser.add_argument("--resume", action="store_true", help="go on with the newest run of this device and commit")
     parser.add_argument("--report", action="store_true", help="run nothing: table and plot from the CSV")
@@ -140,8 +143,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(options: argparse.Namespace) -> Path:
-    """Measure and write; the CSV."""
+def csv_of(options: argparse.Namespace) -> Path:
+    """Where the rows are: those of a rehearsal not among a GPU's."""
+    rehearsal = not options.report and open_device(options).type == CPU
+    return options.out or (ROOT / "runs" / "gpu_bench" if rehearsal else RESULTS) / NAME
+
+
+def run(options: argparse.Namespace, out: Path) -> None:
+    """Measure, writing each row to the CSV ``out`` as it comes.
+
+    Raises:
+        UserError: an argument names nothing that is there.
+    """
     chosen = [name for name in options.parts.split(",") if name]
     if unknown := [name for name in chosen if name not in PARTS]:
         raise UserError(f"there is no part '{unknown[0]}'", "--parts", f"parts are {', '.join(PARTS)}")
@@ -150,7 +163,6 @@ def run(options: argparse.Namespace) -> Path:
         raise UserError("SDXL's step on a CPU takes minutes", "--device", "use a GPU, or --model emoji to rehearse")
     if options.reference_repo is not None:
         find_script(options.reference_repo)
-    out = options.out or (ROOT / "runs" / "gpu_bench" if device.type == CPU else RESULTS) / NAME
     about = {"device": name_of(device), "model": options.model, **provenance()}
     book = Book(out, about, resume=options.resume)
     with tempfile.TemporaryDirectory() as temporary:
@@ -161,7 +173,6 @@ def run(options: argparse.Namespace) -> Path:
             world.done = lambda part, arm: (part, arm) in book.whole
             print(f"ready after {time.perf_counter() - BEGAN:.0f} s", flush=True)
             measure(world, book, chosen, BEGAN + 60 * options.minutes - SPARE)
-    return out
 
 
 def publish(out: Path, *, readme: bool) -> None:
@@ -177,17 +188,22 @@ def publish(out: Path, *, readme: bool) -> None:
         fill(TABLES, "table: gpu_bench", bars_table([row for row in rows if device_of(row) != CPU]))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Measure, report; what was measured before an interruption is reported too."""
-    options = parse()
-    out = options.out or RESULTS / NAME
+    options, code = parse(arguments), 0
     try:
-        out = out if options.report else run(options)
+        out = csv_of(options)
+        if not options.report:
+            run(options, out)
     except UserError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: --resume goes on from here", file=sys.stderr)
+        code = 130
     publish(out, readme=options.readme)
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

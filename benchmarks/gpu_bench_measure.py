@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,9 +42,10 @@ def guarded(world: World, part: str, name: str, measure: Callable[[], Iterator[R
     except OverLimit:
         raise
     except Exception as error:  # a kernel, a package or the memory of this device: the others are to be measured
+        if time.perf_counter() >= world.deadline:
+            raise OverLimit("it was cut off at its limit") from error  # which a library had caught
         said = " ".join(str(error).split())[:200]
         yield {"arm": name, "note": f"failed: {type(error).__name__}: {said}"}
-    world.free()
 
 
 def run_steps(trainer: OfflineTrainer, first: int, count: int) -> None:

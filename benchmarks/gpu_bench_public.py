@@ -19,7 +19,7 @@ PUBLIC_STEPS = 4
 
 
 class PublicPasses:
-    """What diffusers' script does with the UNet in a step: LoRA in fp32, autocast, recomputation; reference by switch."""
+    """What diffusers' script does with the UNet: LoRA in fp32, autocast, recomputation, the reference by switch."""
 
     def __init__(self, world: World, config: Config) -> None:
         from peft import LoraConfig
@@ -29,8 +29,14 @@ class PublicPasses:
         del trainer
         self.device = world.device
         unet = world.weights.load_unet(Path(), torch.bfloat16).requires_grad_(False)
-        unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, init_lora_weights="gaussian",
-                                    target_modules=list(config.lora_targets)))
+        unet.add_adapter(
+            LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_rank,
+                init_lora_weights="gaussian",
+                target_modules=list(config.lora_targets),
+            )
+        )
         for parameter in unet.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -50,9 +56,7 @@ class PublicPasses:
     def _error(self) -> torch.Tensor:
         noisy, timesteps, conditioning = _inputs(self.batch)
         with torch.autocast(self.device.type, torch.bfloat16):
-            found = self.unet(
-                noisy.bfloat16(), timesteps, **conditioning.kwargs(torch.bfloat16), return_dict=False
-            )[0]
+            found = self.unet(noisy.bfloat16(), timesteps, **conditioning.kwargs(torch.bfloat16), return_dict=False)[0]
         return (found.float() - self.batch.target).square().mean()
 
 

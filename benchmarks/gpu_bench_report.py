@@ -10,7 +10,7 @@ from typing import Any
 
 from bars import Panel, draw
 from common import markdown
-from devices import device_of
+from devices import CPU, device_of
 
 Row = dict[str, Any]
 H200 = "H200"  # the card that the bars in milliseconds are of
@@ -75,9 +75,9 @@ class Found:
         sides = [self.median("spo", "round", column, side=side) for side in ("literal", "ours")]
         return None if sides[0] is None or not sides[1] else sides[0] / sides[1]
 
-    def notes(self, arm: str) -> str:
+    def notes(self, part: str, arm: str) -> str:
         """What stopped the arm, or what it was refused for."""
-        said = [str(row.get("note") or "") for row in self.rows if row["arm"] == arm]
+        said = [str(row.get("note") or "") for row in self.rows if (row["part"], row["arm"]) == (part, arm)]
         return next((note for note in said if note.startswith(("refused", "failed"))), "")
 
     def attention(self) -> dict[tuple[str, str], float]:
@@ -98,7 +98,7 @@ class Bar:
     """One thing that a step has to reach.
 
     Attributes:
-        arm: whose notes say why it may not count.
+        arm, part: whose notes say why it may not count.
         h200: the bound is milliseconds of an H200, which on another card says nothing.
     """
 
@@ -109,13 +109,16 @@ class Bar:
     measure: Callable[[Found], float | None]
     at_most: bool = True
     h200: bool = False
+    part: str = "steps"
 
     def verdict(self, found: Found, device: str) -> tuple[str, str]:
         """(measured, met), as the table says them."""
-        value = self.measure(found)
+        value, note = self.measure(found), found.notes(self.part, self.arm)
         if value is None:
-            return "", NOT_MEASURED
-        shown, note = f"{value:.4g} {self.unit}".strip(), found.notes(self.arm)
+            return "", note or NOT_MEASURED
+        shown = f"{value:.4g} {self.unit}"
+        if device == CPU:
+            return shown, "a rehearsal"
         if note:
             return shown, f"no: {note}"
         if self.h200 and H200 not in device:
@@ -129,7 +132,9 @@ def _ms(what: str, arm: str, bound: float) -> Bar:
 
 def _faster(what: str, arm: str, bound: float) -> Bar:
     public = ("public", "as it is")
-    return Bar(f"{what}, of the public script", arm, "×", bound, lambda f: f.ratio(public, ("steps", arm)), at_most=False)
+    return Bar(
+        f"{what}, of the public script", arm, "×", bound, lambda f: f.ratio(public, ("steps", arm)), at_most=False
+    )
 
 
 def _over(what: str, arm: str, other: str, bound: float) -> Bar:
@@ -140,6 +145,14 @@ def _idle(what: str, arm: str) -> Bar:
     return Bar(f"time the GPU idles: {what}", arm, "%", 5, lambda found: found.idle("steps", arm))
 
 
+def _spo(what: str, phase: str, bound: float) -> Bar:
+    return Bar(what, "round", "×", bound, lambda found: found.spo(phase), at_most=False, part="spo")
+
+
+def _full_over_limit(found: Found) -> float | None:
+    return found.over_limit("full", "rpo-full")
+
+
 BARS = (
     _ms("DPO, 4 pairs, adapter off", "dpo-4", 560),
     _faster("DPO, 4 pairs, adapter off", "dpo-4", 2.6),
@@ -147,17 +160,23 @@ BARS = (
     _faster("DPO, 4 pairs, ledger", "dpo-4-ledger", 3.8),
     _ms("DPO, one pair a forward, ledger", "dpo-1-ledger", 125),
     _ms("DPO, 4 pairs, full recomputation", "dpo-4-recompute", 750),
-    Bar("the same, memory", "dpo-4-recompute", "GiB", 11, lambda found: found.gib("steps", "dpo-4-recompute")),
+    Bar(
+        "DPO, 4 pairs, full recomputation: memory",
+        "dpo-4-recompute",
+        "GiB",
+        11,
+        lambda found: found.gib("steps", "dpo-4-recompute"),
+    ),
     _over("RPO over DPO, adapter off", "rpo-4", "dpo-4", 1.05),
     _over("RPO over DPO, ledger", "rpo-4-ledger", "dpo-4-ledger", 1.05),
-    _over("the same, four micro-batches, kept graphs", "rpo-4x1-kept-ledger", "dpo-4x1-ledger", 1.10),
-    Bar("full fine-tuning over its arithmetic limit", "rpo-full", "×", 2.2, lambda f: f.over_limit("full", "rpo-full")),
-    Bar("the same, memory", "rpo-full", "GiB", 45, lambda found: found.gib("full", "rpo-full")),
+    _over("RPO over DPO, four micro-batches, ledger, kept graphs", "rpo-4x1-kept-ledger", "dpo-4x1-ledger", 1.10),
+    Bar("full fine-tuning over its arithmetic limit", "rpo-full", "×", 2.2, _full_over_limit, part="full"),
+    Bar("full fine-tuning: memory", "rpo-full", "GiB", 45, lambda found: found.gib("full", "rpo-full"), part="full"),
     _idle("DPO, 4 pairs, adapter off", "dpo-4"),
     _idle("DPO, 4 pairs, ledger", "dpo-4-ledger"),
     _idle("DPO, one pair, ledger", "dpo-1-ledger"),
-    Bar("SPO, training, of the literal order", "round", "×", 1.95, lambda f: f.spo("training_ms"), at_most=False),
-    Bar("SPO, rollout with scoring, of it", "round", "×", 1.5, lambda f: f.spo("rollout_ms"), at_most=False),
+    _spo("SPO, training, of the literal order of work", "training_ms", 1.95),
+    _spo("SPO, rollout with scoring, of the same", "rollout_ms", 1.5),
 )
 
 
@@ -196,7 +215,11 @@ def report(rows: Sequence[Row]) -> str:
         an_hour = [found.median("spo", "round", "prompts_an_hour", side=side) for side in ("ours", "literal")]
         if None not in an_hour:
             parts.append(f"SPO: {an_hour[0]:.4g} prompts an hour, by the literal order of work {an_hour[1]:.4g}.")
-        notes = dict.fromkeys(f"{row['part']}, {row['arm']}: {row['note']}" for row in runs[0] if row.get("note"))
+        if ratios := kernel_lines(found):
+            parts.append(ratios)
+        notes = dict.fromkeys(
+            f"{row['part']}, {row.get('backend') or row['arm']}: {row['note']}" for row in runs[0] if row.get("note")
+        )
         parts += ["\n".join(f"* {note}" for note in notes)] if notes else []
     return "\n\n".join(parts)
 
@@ -214,7 +237,19 @@ def steps_table(found: Found) -> str:
     return markdown(["part", "arm", "ms a step", "limit, ms", "of the matrix rate, %", "idle, %", "GiB"], lines)
 
 
-_OTHERS = ("rates", "attention", "spo")
+_OTHERS = ("rates", "attention", "spo", "kernels")
+
+
+def kernel_lines(found: Found) -> str:
+    """Ours and eager torch's milliseconds of every kernel, the slowest ratio first."""
+    own = dict.fromkeys(row["arm"].rpartition(", ")[0] for row in found.rows if row["part"] == "kernels")
+    lines = []
+    for name in own:
+        ours, eager = (found.median("kernels", f"{name}, {form}") for form in ("fastpref", "eager bf16"))
+        if ours is not None and eager:
+            lines.append((ours / eager, [name, f"{ours:.3g}", f"{eager:.3g}", f"{ours / eager:.2f}"]))
+    ordered = [line for _, line in sorted(lines, key=lambda item: -item[0])]
+    return markdown(["kernel", "ours, ms", "eager bf16, ms", "ours / eager"], ordered) if ordered else ""
 
 
 def attention_lines(shares: dict[tuple[str, str], float]) -> str:
@@ -238,4 +273,5 @@ def plot(rows: Sequence[Row], out: Path) -> None:
                 series = {"measured": found.median(part, arm), "arithmetic limit": found.limit_ms(part, arm)}
                 groups[f"{part}: {arm}"] = {name: [ms] for name, ms in series.items() if ms is not None}
         panels.append(Panel(f"{model}, {device}", "ms a step", {k: v for k, v in groups.items() if v}))
-    draw([panel for panel in panels if panel.groups], out)
+    if panels := [panel for panel in panels if panel.groups]:
+        draw(panels, out)

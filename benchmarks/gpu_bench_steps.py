@@ -9,7 +9,18 @@ from typing import Any
 
 from common import ROOT
 from devices import forget_peak, peak_device_bytes, seconds
-from gpu_bench_measure import Row, begin, busy_ms, capture, graphs, guarded, operations, recomputation, reserved, run_steps
+from gpu_bench_measure import (
+    Row,
+    begin,
+    busy_ms,
+    capture,
+    graphs,
+    guarded,
+    operations,
+    recomputation,
+    reserved,
+    run_steps,
+)
 from gpu_bench_world import World
 from limit import Bare
 
@@ -40,6 +51,26 @@ LEDGER = "reference=ledger"
 FOUR = ("batch_size=4", "micro_batch_size=1")  # four micro-batches
 KEPT = ("group_size=4", "accumulation=keep_graphs")
 FULL = ("train=full", "optimizer=adamw8bit", "step_in_backward=true", "pure_bf16=true", "learning_rate=1e-6")
+FULL_ARMS: dict[str, tuple[str, ...]] = {"rpo-full": (), "rpo-full-ledger": (LEDGER,)}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "as it is": (),
+    "fused_ops": ("fused_ops=true",),
+    "compile": ("compile=true",),
+    "compile, fused_ops": ("compile=true", "fused_ops=true"),
+}
+TRAINED: dict[str, tuple[str, ...]] = {"lora": (), "all weights": ("train=full",)}
+ENGINES: dict[str, tuple[str, ...]] = {
+    "local": (),
+    **{
+        name: ("engine=deepspeed", f"deepspeed={ROOT / 'configs' / 'deepspeed' / f'{name}.json'}")
+        for name in ("zero2", "zero2_offload")
+    },
+}
+BARE_ARMS: dict[str, tuple[str, ...]] = {
+    "dpo-4-ledger": (LEDGER,),
+    "dpo-1-ledger": (LEDGER, "batch_size=1"),
+    "dpo-4": (),
+}
 
 
 def step_arms() -> list[Arm]:
@@ -68,49 +99,36 @@ def step_arms() -> list[Arm]:
 def ours(world: World) -> Iterator[Row]:
     """Our step, arm by arm."""
     for chosen in step_arms():
-        yield from guarded(world, "steps", chosen.name, partial(_arm, world, chosen))
+        yield from _each(world, "steps", chosen)
 
 
 def full(world: World) -> Iterator[Row]:
     """Full fine-tuning, one pair a forward: RPO, 8-bit AdamW in the backward, recomputation."""
-    for name, more in (("rpo-full", ()), ("rpo-full-ledger", (LEDGER,))):
-        chosen = arm(name, "rpo", *FULL, *more, pairs=1, keep="full")
-        assert chosen is not None
-        yield from guarded(world, "full", name, partial(_arm, world, chosen, count="all weights"))
+    for name, more in FULL_ARMS.items():
+        yield from _each(world, "full", arm(name, "rpo", *FULL, *more, pairs=1, keep="full"), count="all weights")
 
 
 def choices(world: World) -> Iterator[Row]:
     """The UNet's layers as they are, by the kernels, and compiled: what ``auto`` is to take."""
-    for name, more in (
-        ("as it is", ()),
-        ("fused_ops", ("fused_ops=true",)),
-        ("compile", ("compile=true",)),
-        ("compile, fused_ops", ("compile=true", "fused_ops=true")),
-    ):
-        chosen = arm(name, "sft", *more)
-        assert chosen is not None
-        yield from guarded(world, "choices", name, partial(_arm, world, chosen))
+    for name, more in CHOICES.items():
+        yield from _each(world, "choices", arm(name, "sft", *more))
 
 
 def deepspeed(world: World) -> Iterator[Row]:
     """ZeRO on one device beside the local engine: a LoRA, then all weights."""
-    engines: dict[str, tuple[str, ...]] = {"local": ()}
-    for stage in ("zero2", "zero2_offload"):
-        engines[stage] = ("engine=deepspeed", f"deepspeed={ROOT / 'configs' / 'deepspeed' / f'{stage}.json'}")
-    for trained, more in (("lora", ()), ("all weights", ("train=full",))):
-        for engine, settings in engines.items():
-            chosen = arm(f"{trained}, {engine}", "dpo", *more, *settings, pairs=1)
-            assert chosen is not None
-            yield from guarded(world, "deepspeed", chosen.name, partial(_alone, world, chosen))
-
-
-def _alone(world: World, chosen: Arm) -> Iterator[Row]:
-    """An arm in a process group of this process."""
-    config = world.config(*chosen.settings)
+    ranks = open_world(world.config("method=dpo", "engine=deepspeed"), world.device)  # DeepSpeed wants one for all arms
     try:
-        yield from _arm(world, chosen, ranks=open_world(config, world.device))
+        for trained, more in TRAINED.items():
+            for engine, settings in ENGINES.items():
+                chosen = arm(f"{trained}, {engine}", "dpo", *more, *settings, pairs=1)
+                yield from _each(world, "deepspeed", chosen, ranks=ranks)
     finally:
         close_world()
+
+
+def _each(world: World, part: str, chosen: Arm | None, **more: Any) -> Iterator[Row]:
+    assert chosen is not None
+    yield from guarded(world, part, chosen.name, partial(_arm, world, chosen, **more))
 
 
 def _arm(world: World, chosen: Arm, count: str = "", **more: Any) -> Iterator[Row]:
@@ -139,11 +157,7 @@ def _arm(world: World, chosen: Arm, count: str = "", **more: Any) -> Iterator[Ro
 
 def bare(world: World) -> Iterator[Row]:
     """The passes alone, launched one by one, and on a GPU replayed from a CUDA graph."""
-    for name, settings in (
-        ("dpo-4-ledger", (LEDGER,)),
-        ("dpo-1-ledger", (LEDGER, "batch_size=1")),
-        ("dpo-4", ()),
-    ):
+    for name, settings in BARE_ARMS.items():
         chosen = arm(name, "dpo", *settings)
         assert chosen is not None
         yield from guarded(world, "bare", name, partial(_bare, world, chosen, captured=False))
@@ -161,5 +175,3 @@ def _bare(world: World, chosen: Arm, *, captured: bool) -> Iterator[Row]:
     for repeat in range(world.repeats):
         peak = {"peak_device_bytes": peak_device_bytes(world.device)}
         yield {"repeat": repeat, "ms": round(1e3 * seconds(call, world.device), 4), **peak}
-
-

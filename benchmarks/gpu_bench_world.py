@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import os
 import shutil
 import signal
@@ -86,6 +87,7 @@ class World:
 
     Attributes:
         done: says of a part and an arm that an interrupted run has measured it.
+        deadline: of the part that runs, by :func:`time.perf_counter`.
         repo, python: the checkout of the public script, if there is one, and the interpreter that runs it.
     """
 
@@ -96,6 +98,7 @@ class World:
     weights: DeviceWeights
     repeats: int = 3
     done: Callable[[str, str], bool] = lambda part, arm: False
+    deadline: float = math.inf
     repo: Path | None = None
     python: str = ""
 

@@ -184,8 +184,7 @@ def _kept(stored: list[dict[str, str]], measured: dict[str, list[Row]], *, short
     return [
         dict(row)
         for row in stored
-        if row["kind"] not in measured
-        or (row["kind"] in partly and tuple(row[name] for name in case) not in again)
+        if row["kind"] not in measured or (row["kind"] in partly and tuple(row[name] for name in case) not in again)
     ]
 
 
@@ -199,7 +198,9 @@ def main() -> int:
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV and the plots")
     parser.add_argument("--skip-without-gpu", action="store_true")
-    parser.add_argument("--short", action="store_true", help="gpu: one size of every op, two forms; the other rows stay")
+    parser.add_argument(
+        "--short", action="store_true", help="gpu: one size of every op, two forms; the other rows stay"
+    )
     options = parser.parse_args()
     what = options.what or (["gpu"] if torch.cuda.is_available() else ["counts", "rpo"])
     if "gpu" in what and not torch.cuda.is_available():

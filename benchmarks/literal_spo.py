@@ -104,6 +104,8 @@ class LiteralSPO:
         files = resolve_step_preference(self.config.scorer, self.config.clip)
         self.scorer = load_step_preference(files, device=self.device, dtype=frozen).requires_grad_(False)
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        for parameter in self.trained:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         self.texts, negative = collector.book.texts, collector.book.empty()
         self.negative = as_prompts(negative.prompt_embeds, negative.pooled_prompt_embeds)
         ids = [[*collector.book.size, 0, 0, *collector.book.size]]
@@ -258,11 +260,14 @@ class LiteralSPO:
         return root_before * ((x - root_beta * noise) / root) + direction * noise, sigma
 
     def guided(self, unet: Any, x: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
-        """ε (N, C, h, w) under guidance: one call of 2N rows."""
-        n = len(x)
+        """ε (N, C, h, w) under guidance: one call of 2N rows, in half precision under autocast as accelerate has it."""
+        n, dtype = len(x), DTYPES[self.config.precision]
         negative = [part.expand(n, *part.shape[1:]) for part in self.negative]
         embeds, pooled = (torch.cat([without, own]) for without, own in zip(negative, prompts, strict=True))
         more = {"text_embeds": pooled, "time_ids": self.time_ids.expand(2 * n, -1)} if pooled.shape[1] else None
-        noise = unet(torch.cat([x, x]), torch.cat([t, t]), embeds, added_cond_kwargs=more, return_dict=False)[0]
-        without, own = noise.chunk(2)
+        half = dtype in (torch.bfloat16, torch.float16)
+        inputs = torch.cat([x, x]).to(dtype), torch.cat([t, t]), embeds.to(dtype)
+        with torch.autocast(self.device.type, dtype if half else torch.bfloat16, enabled=half):
+            noise = unet(*inputs, added_cond_kwargs=more, return_dict=False)[0]
+        without, own = noise.to(x.dtype).chunk(2)
         return without + self.config.guidance_scale * (own - without)

@@ -126,9 +126,7 @@ def drawn_shard(
     return {name: drawn(name, unet.get_parameter(name).shape, random, device) for name in names}
 
 
-def drawn(
-    name: str, shape: torch.Size, random: torch.Generator, device: torch.device = _HOST
-) -> torch.Tensor:
+def drawn(name: str, shape: torch.Size, random: torch.Generator, device: torch.device = _HOST) -> torch.Tensor:
     """Matrices uniform within 1/sqrt(inputs); gains one, offsets zero."""
     if len(shape) < 2:
         return torch.full(shape, float(name.endswith("weight")), dtype=torch.bfloat16, device=device)
