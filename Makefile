@@ -7,7 +7,7 @@ MANIFESTS := pyproject.toml kernels/pyproject.toml constraints.txt
 
 REFERENCE := .venv-reference
 
-.PHONY: help quickstart quickstart-spo test test-processors lint compare bench reference-venv kernels fuzz soak gpu-acceptance clean
+.PHONY: help quickstart quickstart-spo test test-processors lint compare bench reference-venv kernels fuzz soak gpu-bench gpu-acceptance clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,7 +21,8 @@ help:
 	@echo "make kernels      the kernel package's proof without a GPU: gates, interpreter, lanes, mutations; 6 minutes"
 	@echo "make fuzz         5000 damaged inputs in-process and 300 through the command line; half an hour"
 	@echo "make soak         50 kill -9 over the phases of DPO, RPO and SPO runs, each resumed; 20 minutes, resumable"
-	@echo "make gpu-acceptance   the kernels on this machine's GPU: values, gradients, timings; without one it skips"
+	@echo "make gpu-bench    the training step on this machine's GPU beside its limits: 8 minutes at most; BENCH=... its options"
+	@echo "make gpu-acceptance   kernels and training on this machine's GPU are right: 4 minutes at most; without one it skips"
 
 $(VENV)/bin/python:
 	@echo "== making $(VENV)"
@@ -112,13 +113,21 @@ soak: $(VENV)/.dev
 	@echo "== runs that are killed and resumed, into benchmarks/results/soak.csv"
 	@$(BIN)/python benchmarks/soak.py
 
+gpu-bench: $(VENV)/.dev
+	@$(BIN)/python benchmarks/gpu_bench.py $(BENCH)
+
+# What has not ended within its share of the four minutes is interrupted: it reports what it has, and fails. Tests of
+# several GPUs take longer: make gpu-acceptance TRAINING_SECONDS=1800
+TRAINING_SECONDS ?= 130
+WITHIN := timeout --signal=INT --kill-after=10
+
 gpu-acceptance: $(VENV)/.dev
-	@echo "== the kernels on a GPU against eager float64"
-	@KERNELS_ON=gpu $(BIN)/python -m pytest -q -rs --no-fold-skipped kernels/tests/gpu
-	@echo "== training on a GPU, with two of them NCCL and ZeRO 1-3 too"
-	@$(BIN)/python -m pytest -q -rs --no-fold-skipped tests/gpu
-	@echo "== timings, into benchmarks/results/kernels.csv"
-	@$(BIN)/python benchmarks/kernels.py gpu --plot --skip-without-gpu
+	@echo "== the kernels on a GPU against eager float64: a minute at most"
+	@KERNELS_ON=gpu $(WITHIN) 60 $(BIN)/python -m pytest -q -rs --no-fold-skipped kernels/tests/gpu
+	@echo "== training on a GPU, with two of them NCCL and ZeRO 1-3 too: $(TRAINING_SECONDS) s at most"
+	@$(WITHIN) $(TRAINING_SECONDS) $(BIN)/python -m pytest -q -rs --no-fold-skipped -m gpu tests/gpu
+	@echo "== timings in short, into benchmarks/results/kernels.csv: 50 s at most"
+	@$(WITHIN) 50 $(BIN)/python benchmarks/kernels.py gpu --short --plot --skip-without-gpu
 
 clean:
 	rm -rf $(VENV) $(REFERENCE) runs stores .pytest_cache .mypy_cache .ruff_cache

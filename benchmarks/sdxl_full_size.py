@@ -134,14 +134,14 @@ def drawn(name: str, shape: torch.Size, random: torch.Generator, device: torch.d
     return torch.empty(shape, dtype=torch.bfloat16, device=device).uniform_(-bound, bound, generator=random)
 
 
-def make_inputs(folder: Path) -> None:
-    """Model and prepared store, each unless it is there whole."""
+def make_inputs(folder: Path, *, weights: bool = True) -> None:
+    """Model and prepared store, each unless it is there whole; ``weights``: the UNet's 5 GB too."""
     from fastpref.config import parse_config
     from fastpref.data.prepare import prepare
     from fastpref.emoji.random_models import make_random_clip
 
     if not (folder / "made").is_file():
-        make_model(folder / "model")
+        (make_model if weights else make_pipeline)(folder / "model")
         make_random_clip(folder / "clip")
         write_bytes(folder / "made", b"")
     settings = settings_of("rpo", folder) | {"clip": str(folder / "clip"), "records": str(few_records(folder))}

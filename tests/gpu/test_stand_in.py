@@ -7,14 +7,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
+import torch
+import yaml
+from diffusers import UNet2DConditionModel
 
 from fastpref.config import Config
+from fastpref.models import public
 from fastpref.train.job import TrainJob
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stand_in_gpu import StandInGpu
+from stand_in_gpu import StandInGpu, on_gpu
 
 MakeConfig = Callable[..., Config]
 
@@ -28,7 +33,8 @@ def _module(name: str) -> ModuleType:
     return module
 
 
-memory, ranks = _module("test_memory"), _module("test_ranks")
+memory, ranks, full_size = _module("test_memory"), _module("test_ranks"), _module("test_full_size")
+recomputation = importlib.import_module("gpu_bench_measure").recomputation  # on the path by the last of them
 RECIPES = {f"memory {name}": [*memory.BASE, *more] for name, more in memory.RECIPES.items()}
 RECIPES |= {f"ranks {name}": [*ranks.BASE, *more, "device=cpu"] for name, more in ranks.METHODS.items()}
 
@@ -41,3 +47,30 @@ def test_the_store_has_the_batches_that_a_gpu_test_asks_for(sdxl_config: MakeCon
 def test_an_spo_round_on_the_stand_in(sdxl: Path, clip: Path, few_records: Path, tmp_path: Path) -> None:
     with StandInGpu():
         ranks.test_an_spo_round_and_update(sdxl, clip, few_records, tmp_path, "fp16")
+
+
+SMALL = {
+    **{"block_out_channels": (32, 32, 64), "transformer_layers_per_block": (1, 1, 1), "layers_per_block": 1},
+    "attention_head_dim": (1, 1, 2),
+}
+
+
+def test_full_size_steps_on_the_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDXL's UNet with few channels; SPO's round and the 8-bit optimizer are tried elsewhere, and recomputation, which
+    enters an autocast that the stand-in does not see."""
+    shape = public.UNETS["sdxl"] | SMALL
+    with torch.device("meta"):
+        count = sum(p.numel() for p in UNet2DConditionModel(**shape).parameters())
+    monkeypatch.setitem(public.UNETS, "sdxl", shape)
+    monkeypatch.setitem(public.PARAMETERS, "sdxl", count)
+    monkeypatch.setitem(full_size.full_size.COMMON, "resolution", 64)
+    full_size.full_size.make_inputs(tmp_path, weights=False)
+    (setting,) = recomputation("none") or []
+    settings = full_size.full_size.settings_of("rpo", tmp_path) | {"device": "cuda", "resolution": 64, "steps": 2}
+    settings["gradient_checkpointing"] = yaml.safe_load(setting.partition("=")[2])
+    with StandInGpu(), mock.patch.object(torch.cuda, "reset_peak_memory_stats", lambda *_: None):
+        empty, device = full_size.empty_unet(tmp_path / "model" / "unet"), full_size.resolve_device("auto")
+        weights = full_size.DeviceWeights(empty, lambda: full_size.draw_weights(empty, device))
+        with mock.patch.object(full_size.fastpref.models.policy, "load_unet", weights.load_unet):
+            assert full_size.peak_of_finite_steps(full_size.parse_config(settings), weights, tmp_path) == 0
+        assert {on_gpu(weight) for weight in weights._weights.values()} == {True}
