@@ -57,6 +57,11 @@ def seconds(call: Callable[[], Any], device: torch.device = _HOST) -> float:
     return time.perf_counter() - began
 
 
+def warm_up_steps(device: torch.device) -> int:
+    """Steps until one is as all later ones: on a GPU algorithms are chosen, kernels compiled and graphs captured."""
+    return 5 if device.type == "cuda" else 1
+
+
 def forget_peak(device: torch.device) -> None:
     """Let :func:`peak_device_bytes` start anew."""
     if device.type == "cuda":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from devices import wait
 from gpu_bench_world import OverLimit, World
-from limit import Bare, _inputs
+from limit import Bare, inputs_of
 
 from fastpref.config import Config
 from fastpref.errors import UserError
@@ -106,7 +106,7 @@ def operations(trainer: OfflineTrainer, trained: str) -> Iterator[Row]:
     bare = Bare(trainer)
     batch = bare.batches[0]
     with Operations() as forward:
-        error = (trainer.policy.predict(*_inputs(batch)) - batch.target).square().mean()
+        error = (trainer.policy.predict(*inputs_of(batch)) - batch.target).square().mean()
     trainer.engine.begin(0, 0.0)
     with Operations() as backward:
         error.backward()

@@ -10,7 +10,7 @@ import torch
 from devices import forget_peak, peak_device_bytes, seconds
 from gpu_bench_measure import Row, guarded, recomputation
 from gpu_bench_world import World
-from limit import Bare, _inputs
+from limit import Bare, inputs_of
 from reference_repo import run_script
 
 from fastpref.config import Config
@@ -54,7 +54,7 @@ class PublicPasses:
         self.unet.zero_grad()
 
     def _error(self) -> torch.Tensor:
-        noisy, timesteps, conditioning = _inputs(self.batch)
+        noisy, timesteps, conditioning = inputs_of(self.batch)
         with torch.autocast(self.device.type, torch.bfloat16):
             found = self.unet(noisy.bfloat16(), timesteps, **conditioning.kwargs(torch.bfloat16), return_dict=False)[0]
         return (found.float() - self.batch.target).square().mean()

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from bars import Panel, draw
 from common import RESULTS, ROOT, markdown, provenance, publish, read_csv
-from devices import add_device, device_of, forget_peak, name_of, open_device, peak_device_bytes, seconds
+from devices import add_device, device_of, forget_peak, name_of, open_device, peak_device_bytes, seconds, warm_up_steps
 from worlds import MODELS, add_compile, open_world, place, setting_of, trainer_of
 
 from fastpref.errors import UserError
@@ -60,11 +60,11 @@ class Bare:
         """What no implementation of the method can leave out."""
         if self.reference:
             for batch in self.batches:
-                self.policy.predict_reference(*_inputs(batch))
+                self.policy.predict_reference(*inputs_of(batch))
         if self.extra_forward:
             with torch.no_grad():
                 for batch in self.batches:
-                    self.policy.predict(*_inputs(batch))
+                    self.policy.predict(*inputs_of(batch))
         errors = [self._error(batch) for batch in self.batches] if self._kept() else []
         for number, batch in enumerate(self.batches):
             (errors[number] if errors else self._error(batch)).backward()
@@ -74,20 +74,20 @@ class Bare:
         return self.trainer.objective.couples_pairs and not self.extra_forward
 
     def _error(self, batch: PairBatch) -> torch.Tensor:
-        return (self.policy.predict(*_inputs(batch)) - batch.target).square().mean()
+        return (self.policy.predict(*inputs_of(batch)) - batch.target).square().mean()
 
 
-def _inputs(batch: PairBatch) -> tuple[Any, ...]:
+def inputs_of(batch: PairBatch) -> tuple[Any, ...]:
     return batch.noisy, batch.timesteps, batch.conditioning
 
 
 def measure(trainer: OfflineTrainer, repeats: int) -> list[dict[str, Any]]:
     """Rows ``repeat, ours_ms, bare_ms, peak_device_bytes`` (of ours); which side begins alternates.
 
-    The first repeat warms up, compiling and choosing of algorithms included, and is left out.
+    What comes before the first repeat warms up and is left out.
     """
     bare, rows, step, device = Bare(trainer), [], 0, trainer.policy.device
-    for repeat in range(repeats + 1):
+    for repeat in range(1 - warm_up_steps(device), repeats + 1):
         timed: dict[str, float] = {}
         for side in ("ours", "bare") if repeat % 2 else ("bare", "ours"):
             if side == "ours":
@@ -97,7 +97,7 @@ def measure(trainer: OfflineTrainer, repeats: int) -> list[dict[str, Any]]:
                 step += 1
             else:
                 timed[side] = seconds(bare.step, device)
-        if repeat:
+        if repeat > 0:
             times = {f"{side}_ms": round(1e3 * value, 3) for side, value in timed.items()}
             rows.append({"repeat": repeat, **times, "peak_device_bytes": peak})
     return rows

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, ROOT, provenance, publish, read_csv
-from devices import add_device, forget_peak, name_of, open_device, peak_device_bytes, seconds
+from devices import add_device, forget_peak, name_of, open_device, peak_device_bytes, seconds, warm_up_steps
 from limit import Bare
 from literal_offline import LiteralOffline
 from offline_report import METHODS, eager_of, key_of, plot, report
@@ -121,8 +121,10 @@ def measure(
     half = first.config.precision == "bf16"
     checked = 2 if half else 3
     apart = check_same(losses(first, literal, checked), BF16_TOLERANCE if half else LOSS_TOLERANCE)
-    for trainer in list(ours.values())[1:]:
-        trainer.step(0)
+    for trainer in ours.values():
+        done = checked if trainer is first else 0
+        for step in range(done, max(done, warm_up_steps(first.policy.device))):
+            trainer.step(step)
     calls: dict[str, Any] = {side: trainer.step for side, trainer in ours.items()}
     bare = {f"bare, {side}": Bare(trainer) for side, trainer in ours.items()}
     for side, overrides in sides_of(settings, method).items() if first.config.compile else ():

@@ -27,7 +27,7 @@ from typing import Any
 import scaling_ranks
 import torch
 from common import RESULTS, TABLES, markdown, provenance, publish, read_csv
-from devices import CPU, add_device, device_of, name_of, open_device, peak_device_bytes, seconds
+from devices import CPU, add_device, device_of, name_of, open_device, peak_device_bytes, seconds, warm_up_steps
 from large_store import make_large_store
 from worlds import config_of, open_world, trainer_of
 
@@ -54,9 +54,11 @@ ON_HOST = ("records", "ranks")  # these need no GPU and use none
 def step_point(settings: list[str], overrides: list[str], repeats: int) -> dict[str, Any]:
     """Median seconds of an RPO step, and what the process needed."""
     trainer = trainer_of(settings, "method=rpo", "reference=ledger", *overrides)
-    trainer.step(0)
     device = trainer.policy.device
-    found = [seconds(partial(trainer.step, step), device) for step in range(1, repeats + 1)]
+    warm = warm_up_steps(device)
+    for step in range(warm):
+        trainer.step(step)
+    found = [seconds(partial(trainer.step, step), device) for step in range(warm, warm + repeats)]
     memory = {"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": peak_device_bytes(device)}
     return {"seconds": median(found), "spread": max(found) - min(found), **memory}
 
@@ -87,8 +89,11 @@ def records_point(settings: list[str], records: int, folder: Path, repeats: int)
 def loader_point(settings: list[str], micro_batch: int, repeats: int) -> dict[str, Any]:
     """Pairs a second: read and noised with nobody training, and trained."""
     trainer = trainer_of(settings, "method=dpo", "reference=ledger", f"micro_batch_size={micro_batch}")
-    trainer.step(0)
-    steps, size, micro = range(1, repeats + 1), trainer.config.batch_size, range(len(trainer._micro))
+    device = trainer.policy.device
+    warm = warm_up_steps(device)
+    for step in range(warm):
+        trainer.step(step)
+    steps, size, micro = range(warm, warm + repeats), trainer.config.batch_size, range(len(trainer._micro))
 
     def feed() -> None:
         for step in steps:
@@ -96,7 +101,6 @@ def loader_point(settings: list[str], micro_batch: int, repeats: int) -> dict[st
                 loaded = trainer._loader.take(step, number)
                 trainer.batches.build(loaded.plan, loaded.rows, loaded.stored)
 
-    device = trainer.policy.device
     fed = seconds(feed, device)
     trained = sum(seconds(partial(trainer.step, step), device) for step in steps)
     pairs = repeats * size

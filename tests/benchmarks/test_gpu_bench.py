@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 import gpu_bench  # noqa: E402
 import gpu_bench_measure as measuring  # noqa: E402
@@ -23,12 +26,13 @@ import gpu_bench_steps as steps  # noqa: E402
 import gpu_bench_world as worlds_of  # noqa: E402
 from common import read_csv  # noqa: E402
 from gpu_bench_world import OverLimit, World  # noqa: E402
+from stand_in_gpu import StandInGpu, on_gpu  # noqa: E402
 
 from fastpref.models import public  # noqa: E402
 
 Row = dict[str, Any]
 CPU = torch.device("cpu")
-FEW = {"dpo-4-ledger", "dpo-4", "dpo-4-recompute", "rpo-4x1-kept-ledger", "sft-4"}
+FEW = {"dpo-4-ledger", "dpo-4", "rpo-4x1-kept-ledger", "sft-4"}
 # A step's rows through the UNet, forward and backward: two a pair (SFT one), and as many for a reference.
 PASSES = {"dpo-4-ledger": (8, 8), "dpo-4": (16, 8), "rpo-4x1-kept-ledger": (8, 8), "sft-4": (4, 4)}
 
@@ -200,6 +204,67 @@ def test_busy_time_counts_what_overlaps_once() -> None:
     assert measuring.union([(0, 4), (2, 3), (3, 6), (10, 11)]) == 7
 
 
+@dataclass
+class Event:
+    """As kineto reports what ran on a device."""
+
+    label: str
+    begin: int
+    length: int
+    marks: bool = False
+
+    def name(self) -> str:
+        return self.label
+
+    def device_type(self) -> DeviceType:
+        return DeviceType.CUDA
+
+    def is_user_annotation(self) -> bool:
+        return self.marks
+
+    def start_ns(self) -> int:
+        return self.begin
+
+    def duration_ns(self) -> int:
+        return self.length
+
+
+def test_steps_on_the_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An arm, its busy time, the bare passes from a graph, and rates: what a GPU runs and a CPU does not."""
+    monkeypatch.setattr(steps, "WARM", 0)
+    monkeypatch.setattr(steps, "WINDOW", 1)
+    kernels = [
+        Event("gemm", 0, 2_000_000),
+        Event("copy", 1_000_000, 3_000_000),
+        Event("fastpref: backward", 0, 9_000_000),
+    ]
+    profiler = mock.Mock()
+    profiler.profiler.kineto_results.events.return_value = [*kernels, Event("step", 0, 9_000_000, marks=True)]
+    profile = mock.Mock(return_value=nullcontext(profiler))
+    graph = mock.Mock()
+    with StandInGpu(), ExitStack() as stack:
+        for name, value in (
+            *(("synchronize", lambda *_: None), ("reset_peak_memory_stats", lambda *_: None)),
+            *(("max_memory_allocated", lambda *_: 5 << 30), ("max_memory_reserved", lambda *_: 6 << 30)),
+            *(("CUDAGraph", lambda: graph), ("graph", lambda _: nullcontext())),
+        ):
+            stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(torch.profiler, "profile", profile))
+        world = stack.enter_context(worlds_of.open_gpu_world("random", torch.device("cuda"), tmp_path))
+        world.repeats = 1
+        assert all(on_gpu(weight) for weight in world.weights.load_unet(tmp_path, torch.bfloat16).parameters())
+        own = next(arm for arm in steps.step_arms() if arm.name == "dpo-4")
+        rows = list(steps._each(world, "steps", own))
+        assert [row.get("note") for row in rows] == [""] * 2
+        assert [row.get("peak_device_bytes") for row in rows] == [5 << 30, None]
+        assert rows[-1]["busy_ms"] == 2.0  # of two steps in which 0 to 4 ms are covered
+        assert rows[0]["forward_rows"] == 16
+        monkeypatch.setattr(steps, "BARE_ARMS", {"dpo-4": ()})
+        passes = list(steps.bare(world))
+        assert [row["arm"] for row in passes] == ["dpo-4", "dpo-4, graph"]
+        assert not any("note" in row for row in passes) and graph.replay.call_count == 1
+
+
 def test_the_fastest_attention_is_that_of_all_layers() -> None:
     def row(backend: str, shape: str, layers: int, ms: float | str) -> Row:
         return step(f"{backend}: {shape}", 0, "attention", backend=backend, shape=shape, layers=layers, rows=8) | {
@@ -229,6 +294,7 @@ def test_the_shapes_of_sdxl_s_attention() -> None:
     }
 
 
+# Few channels, as in tests/gpu/test_stand_in.py.
 SMALL_UNET = public.UNETS["sdxl"] | {
     **{"block_out_channels": (32, 32, 64), "transformer_layers_per_block": (1, 1, 1), "layers_per_block": 1},
     "attention_head_dim": (1, 1, 2),

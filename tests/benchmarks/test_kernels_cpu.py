@@ -77,3 +77,13 @@ def test_table_and_rows_in_a_folder_that_is_not_there_yet(
     with (tmp_path / "new" / "kernels.csv").open() as stream:
         rows = {row["form"]: float(row["ms"]) for row in csv.DictReader(stream)}
     assert rows == MILLISECONDS
+
+
+def test_kernels_in_short_replace_no_other_row(bench: ModuleType) -> None:
+    def row(kind: str, shape: str, form: str = "fastpref") -> dict[str, str]:
+        return {"kind": kind, "workload": "geglu", "shape": shape, "form": form}
+
+    stored = [row("gpu", "8x8"), row("gpu", "9x9"), row("gpu", "8x8", "eager fp32"), row("cpu", "8x8")]
+    measured: dict[str, list[dict[str, str]]] = {"gpu": [row("gpu", "8x8")]}
+    assert bench._kept(stored, measured, short=True) == stored[1:]
+    assert bench._kept(stored, measured, short=False) == stored[3:]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ import offline_report  # noqa: E402
 import offline_vs_reference as bench  # noqa: E402
 import reference_repo  # noqa: E402
 import worlds  # noqa: E402
+from gpu_bench_world import OverLimit, limited  # noqa: E402
 
 from fastpref.errors import UserError  # noqa: E402
 from fastpref.models import policy  # noqa: E402
@@ -180,6 +183,23 @@ def test_a_checkout_is_looked_at_before_it_is_run(tmp_path: Path) -> None:
         reference_repo.find_script(tmp_path)
 
 
+def test_a_script_ends_with_whoever_waits_for_it(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / reference_repo.SCRIPTS[0].path
+    file.parent.mkdir(parents=True)
+    flags = "".join(f'# "{flag}"\n' for flag in reference_repo.SCRIPTS[0].flags)
+    file.write_text(f"{flags}import time\nprint('Steps: 1/9', flush=True)\ntime.sleep(60)\n")
+    started, launch = [], subprocess.Popen
+    monkeypatch.setattr(
+        reference_repo.subprocess, "Popen", lambda *a, **k: started.append(launch(*a, **k)) or started[0]
+    )
+    config = worlds.config_of(settings, "method=dpo")
+    with pytest.raises(OverLimit), limited(2.0):
+        reference_repo.run_script(tmp_path, sys.executable, config, 3, tmp_path / "out")
+    assert started[0].returncode == -signal.SIGKILL
+
+
 def test_a_script_is_timed_from_its_progress_line(settings: list[str], tmp_path: Path) -> None:
     script = reference_repo.SCRIPTS[0]
     file = tmp_path / script.path
@@ -199,6 +219,8 @@ def test_a_script_is_timed_from_its_progress_line(settings: list[str], tmp_path:
     assert reference_repo.step_seconds({0: 0.0, 1: 9.0, 2: 10.0, 3: 10.5, 5: 14.5, 6: 15.5}) == 1.0  # of 0.5, 2, 1
     with pytest.raises(UserError, match=r"diffusers ended with 0 "):  # it has done fewer steps than it was asked for
         reference_repo.run_script(tmp_path, sys.executable, config, 4, tmp_path / "out")
+    said = ("ACCELERATE_USE_CPU" in reference_repo.environment(tmp_path, device) for device in ("cpu", "cuda"))
+    assert list(said) == [True, False]
     file.write_text(f"{head}{flags}\nsys.exit('no torchvision here')\n")
     with pytest.raises(UserError, match=r"diffusers ended with 1 .*it says: no torchvision here"):
         reference_repo.run_script(tmp_path, sys.executable, config, 3, tmp_path / "out")
