@@ -11,7 +11,6 @@ from devices import wait
 from gpu_bench_world import OverLimit, World
 from limit import Bare, inputs_of
 
-from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.plan.meter import Operations
 from fastpref.train.offline import OfflineTrainer
@@ -19,17 +18,14 @@ from fastpref.train.offline import OfflineTrainer
 Row = dict[str, Any]
 
 
-def recomputation(mode: str) -> list[str] | None:
-    """Overrides for ``gradient_checkpointing``: none, selective or full; None for what this version has not."""
-    if Config.model_fields["gradient_checkpointing"].annotation is bool:
-        return {"none": ["gradient_checkpointing=false"], "full": ["gradient_checkpointing=true"]}.get(mode)
+def recomputation(mode: str) -> list[str]:
+    """Overrides for ``gradient_checkpointing``: none, selective or full."""
     return [f"gradient_checkpointing={mode}"]
 
 
-def graphs(mode: str) -> list[str] | None:
-    """Overrides for ``cuda_graphs``: auto, on or off; None where this version has no such setting and it is off."""
-    known = "cuda_graphs" in Config.model_fields
-    return [f"cuda_graphs={mode}"] if known else None
+def graphs(mode: str) -> list[str]:
+    """Overrides for ``cuda_graphs``: auto, on or off."""
+    return ["cuda_graphs=" + {"on": "true", "off": "false"}.get(mode, mode)]
 
 
 def guarded(world: World, part: str, name: str, measure: Callable[[], Iterator[Row]]) -> Iterator[Row]:

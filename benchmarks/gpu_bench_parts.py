@@ -60,8 +60,7 @@ def _copy_rate(world: World) -> Iterator[Row]:
 
 def _operations(world: World) -> Iterator[Row]:
     chosen = arm("", "dpo", pairs=1)
-    assert chosen is not None
-    yield from operations(world.trainer(*chosen.settings, *(graphs("off") or [])), "lora")
+    yield from operations(world.trainer(*chosen.settings, *graphs("off")), "lora")
 
 
 def _repeats(world: World, call: Callable[[], Any]) -> Iterator[tuple[int, float]]:
@@ -164,7 +163,7 @@ def _rounds(world: World) -> Iterator[Row]:
         random_scorer(folder / "clip", folder / "scorer")
     models = [f"model={world.with_parts('vae')}", f"scorer={folder / 'scorer'}"]
     # Eight rows are the most that a graph is kept of, and what one side keeps the other does.
-    overrides = ["method=spo", "beta=10", *SPO, *(recomputation("none") or []), *models]
+    overrides = ["method=spo", "beta=10", *SPO, *recomputation("none"), *models]
     world.free()
     world.weights.lent = True
     bench = Bench(load_config("", [*world.settings, *overrides]), SPO_PROMPTS, folder)

@@ -61,7 +61,7 @@ class PublicPasses:
 
 
 def _public_settings() -> list[str]:
-    return ["method=dpo", "batch_size=4", *(recomputation("full") or [])]
+    return ["method=dpo", "batch_size=4", *recomputation("full")]
 
 
 def public(world: World) -> Iterator[Row]:

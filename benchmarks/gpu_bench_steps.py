@@ -37,14 +37,11 @@ class Arm:
     settings: tuple[str, ...]
 
 
-def arm(name: str, method: str, *settings: str, pairs: int = 4, keep: str = "none", graph: str = "auto") -> Arm | None:
-    """An arm of ``pairs`` pairs a forward; None if this version lacks a setting of it."""
-    kept, captured = recomputation(keep), graphs(graph)
-    if kept is None or (captured is None and graph != "auto"):
-        return None
+def arm(name: str, method: str, *settings: str, pairs: int = 4, keep: str = "none", graph: str = "auto") -> Arm:
+    """An arm of ``pairs`` pairs a forward."""
     batch = [f"batch_size={pairs}"] if not any(s.startswith("batch_size=") for s in settings) else []
     group = [f"group_size={pairs}"] if method == "rpo" and batch else []
-    return Arm(name, (f"method={method}", *settings, *batch, *group, *kept, *(captured or [])))
+    return Arm(name, (f"method={method}", *settings, *batch, *group, *recomputation(keep), *graphs(graph)))
 
 
 LEDGER = "reference=ledger"
@@ -75,7 +72,7 @@ BARE_ARMS: dict[str, tuple[str, ...]] = {
 
 def step_arms() -> list[Arm]:
     """The most decisive first."""
-    arms = [
+    return [
         arm("dpo-4-ledger", "dpo", LEDGER),
         arm("dpo-4", "dpo"),
         arm("dpo-1-ledger", "dpo", LEDGER, pairs=1),
@@ -93,7 +90,6 @@ def step_arms() -> list[Arm]:
         arm("dpo-1-ledger-recompute", "dpo", LEDGER, pairs=1, keep="full"),
         arm("dpo-4-ledger-recompute", "dpo", LEDGER, keep="full"),
     ]
-    return [found for found in arms if found is not None]
 
 
 def ours(world: World) -> Iterator[Row]:
@@ -126,8 +122,7 @@ def deepspeed(world: World) -> Iterator[Row]:
         close_world()
 
 
-def _each(world: World, part: str, chosen: Arm | None, **more: Any) -> Iterator[Row]:
-    assert chosen is not None
+def _each(world: World, part: str, chosen: Arm, **more: Any) -> Iterator[Row]:
     yield from guarded(world, part, chosen.name, partial(_arm, world, chosen, **more))
 
 
@@ -159,14 +154,13 @@ def bare(world: World) -> Iterator[Row]:
     """The passes alone, launched one by one, and on a GPU replayed from a CUDA graph."""
     for name, settings in BARE_ARMS.items():
         chosen = arm(name, "dpo", *settings)
-        assert chosen is not None
         yield from guarded(world, "bare", name, partial(_bare, world, chosen, captured=False))
         if world.device.type == "cuda":
             yield from guarded(world, "bare", f"{name}, graph", partial(_bare, world, chosen, captured=True))
 
 
 def _bare(world: World, chosen: Arm, *, captured: bool) -> Iterator[Row]:
-    off = graphs("off") or []
+    off = graphs("off")
     passes = Bare(world.trainer(*chosen.settings, *off))
     forget_peak(world.device)
     for _ in range(2):

@@ -95,7 +95,7 @@ def command(script: PublicScript, repo: Path, python: str, config: Config, steps
     for flag in script.flags:
         if flag in values:
             arguments += [flag, values[flag]]
-        elif flag != "--gradient_checkpointing" or config.gradient_checkpointing not in (False, "none"):
+        elif flag != "--gradient_checkpointing" or config.gradient_checkpointing == "full":
             arguments.append(flag)
     return arguments
 

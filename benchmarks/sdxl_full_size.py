@@ -31,7 +31,7 @@ OUT = RESULTS / "sdxl_full_size.csv"
 SHARD_BYTES = 512 << 20
 _HOST = torch.device("cpu")
 COMMON = {
-    **{"precision": "bf16", "gradient_checkpointing": True, "resolution": 512, "threads": 1, "seed": 1},
+    **{"precision": "bf16", "gradient_checkpointing": "full", "resolution": 512, "threads": 1, "seed": 1},
     **{"evaluate": False, "tracker": "none", "overwrite": True, "keep_checkpoints": 1},
 }
 LORA = {"train": "lora", "lora_rank": 8, "learning_rate": 1e-4}

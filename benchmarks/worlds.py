@@ -111,7 +111,7 @@ def open_full_size(device: Sequence[str] = ()) -> list[str]:
         make_full_encoders(folder)
         (folder / "made").touch()
     where = [f"model={folder}", f"clip={inputs / 'clip'}", f"records={records}", f"store={inputs / 'whole_store'}"]
-    size = ["precision=bf16", "gradient_checkpointing=true", "resolution=512", "batch_size=1", "micro_batch_size=1"]
+    size = ["precision=bf16", "gradient_checkpointing=full", "resolution=512", "batch_size=1", "micro_batch_size=1"]
     settings = [*COMMON, *where, *size, *device]
     prepare(load_config("", settings), progress=False)
     return settings

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastpref.config_rules import METHOD_DEFAULTS, PRESETS, check_config
 from fastpref.errors import UserError
@@ -76,7 +76,11 @@ class Config(BaseModel):
         description="of the UNet's pass and its frozen weights; trained weights have fp32 masters "
         "(fp64 is for exactness tests)",
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward")
+    gradient_checkpointing: Literal["auto", "none", "selective", "full"] = Field(
+        "auto",
+        description="what the backward computes again: selective, norms and activations; full (true), whole blocks; "
+        "none (false); auto: the first of none, selective, full that fits the free memory (spm, lrm: none)",
+    )
     attention: Literal["auto", "sdpa", "xformers", "flash", "sliced"] = Field(
         "auto", description="auto: sdpa, sliced if a CPU is short of memory; xformers and flash need their packages"
     )
@@ -260,6 +264,11 @@ class Config(BaseModel):
     )
     eval_seeds: int = Field(2, ge=1, description="seeds per prompt")
     eval_batch_size: int = Field(32, ge=1, description="pictures per sampling batch")
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _was_yes_or_no(cls, value: Any) -> Any:
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:

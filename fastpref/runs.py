@@ -9,6 +9,8 @@ from fastpref.config_rules import SCORER_METHODS
 from fastpref.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from fastpref.config import Config
     from fastpref.train.job import TrainJob
     from fastpref.train.world import World
@@ -20,16 +22,14 @@ def run_training(config: Config, *, dry_run: bool = False) -> str:
     Raises:
         Stopped: a signal ended the training after a checkpoint (see :mod:`fastpref.train.job`).
     """
-    from fastpref.memory import give_back_freed_blocks
     from fastpref.models.loading import resolve_device
     from fastpref.train.world import close_world, open_world
 
-    if config.gradient_checkpointing:  # memory was asked for, at the cost of time
-        give_back_freed_blocks()
-    world = open_world(config, resolve_device(config.device))
+    device = resolve_device(config.device)
+    world = open_world(config, device)
     try:
         with world.watching():
-            said = _run(config, world, dry_run=dry_run)
+            said = _run(config, world, device, dry_run=dry_run)
     except UserError as error:
         error.shared = bool(error.shared)
         raise
@@ -37,15 +37,22 @@ def run_training(config: Config, *, dry_run: bool = False) -> str:
     return said
 
 
-def _run(config: Config, world: World, *, dry_run: bool) -> str:
+def _run(config: Config, world: World, device: torch.device, *, dry_run: bool) -> str:
+    from fastpref.memory import give_back_freed_blocks
+    from fastpref.plan.recompute import resolve_recomputation
     from fastpref.train.job import TrainJob
     from fastpref.train.run_dir import check_run_dir, open_run_dir
 
     with world.together():
         resuming = check_run_dir(config)
         earlier, evaluation = _earlier(config) if resuming else ({}, {})
+    mode, why = resolve_recomputation(config, device, world)
+    if mode != "none":  # memory comes before time
+        give_back_freed_blocks()
     with world.together():
-        job = TrainJob.open(config, world=world)
+        job = TrainJob.open(config.model_copy(update={"gradient_checkpointing": mode}), world=world)
+    if why:
+        job.console.print(why, markup=False, highlight=False, soft_wrap=True)
     if dry_run:
         job.trainer.verify()
         subject = job.trainer.describe()

@@ -182,6 +182,7 @@ class StandInGpu(TorchDispatchMode):
             "stream": lambda *_: nullcontext(),
             "synchronize": lambda *_: None,
             "max_memory_allocated": lambda *_: 0,
+            "reset_peak_memory_stats": lambda *_: None,
             "device_count": lambda: 1,
             "current_device": lambda: 0,
             "set_device": lambda *_: None,

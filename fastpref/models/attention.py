@@ -79,7 +79,11 @@ def sliced_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Some queries at a time; the backward computes the scores of a slice again instead of keeping them."""
     per_query = k.shape[0] * k.shape[1] * k.shape[2] * max(q.element_size(), 4)
     size = max(1, _SLICE_BYTES // per_query)
-    return torch.cat([checkpoint(_plain, part, k, v, use_reentrant=False) for part in q.split(size, dim=2)], dim=2)
+    return torch.cat([_again(part, k, v) for part in q.split(size, dim=2)], dim=2)
+
+
+def _again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return checkpoint(_plain, q, k, v, use_reentrant=False, preserve_rng_state=False)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from fastpref.models.compiled import compile_unet
 from fastpref.models.half_pass import computes_in_half, set_half_pass, wide_names
 from fastpref.models.loading import DTYPES, load_unet
 from fastpref.models.masters import Masters
+from fastpref.models.recompute import set_recomputation
 from fastpref.models.shared_prompt import share_prompts
 from fastpref_kernels import patch_unet
 
@@ -135,9 +136,10 @@ class Policy:
             share_prompts(unet)
 
     def count_backward(self, rows: int) -> None:
-        """Book a backward through ``rows`` rows; with checkpointing the forward inside it was run again."""
+        """Book a backward through ``rows`` rows; with full recomputation a whole forward is part of it. Norms and
+        activations that are computed again are no forward."""
         self.backwards += rows
-        self.recomputed += rows if self.config.gradient_checkpointing else 0
+        self.recomputed += rows if self.config.gradient_checkpointing == "full" else 0
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if not autocasts(self.config):
@@ -237,8 +239,7 @@ def make_policy(unet: Any, config: Config, device: torch.device, *, needs_refere
             reference = _in_precision(copy.deepcopy(unet), config).to(device).eval()
         unet.requires_grad_(True)
     _in_precision(unet, config).to(device)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    set_recomputation(unet, config.gradient_checkpointing)
     for model in (unet, *([] if reference is None else [reference])):
         _speed_up(model, config)
     unet.eval()  # a dropout mask would make the rewards of the first pass other than those of the second

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from fastpref.memory import moved
+from fastpref.models.recompute import Region
 
 FREQUENCIES = 256
 _PERIOD = 10_000.0
@@ -104,7 +104,7 @@ class StepPreferenceModel(ClipScorer):
     def __init__(self, clip: Any, tokenizer: Any, preprocess: Preprocess, seed: int = 0) -> None:
         super().__init__(clip, tokenizer, preprocess)
         width, layers = clip.config.vision_config.hidden_size, clip.config.vision_config.num_hidden_layers
-        self.recompute = False  # keep no activations of the vision layers for the backward
+        self.region: Region | None = None  # of a vision layer, if its backward computes something again
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.time_mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
@@ -144,8 +144,8 @@ class StepPreferenceModel(ClipScorer):
         condition = self._condition(timesteps)
         hidden = vision.pre_layrnorm(vision.embeddings(self._pixels(images)))
         for layer, modulation in zip(vision.encoder.layers, self.modulations, strict=True):
-            if self.recompute and torch.is_grad_enabled():
-                hidden = checkpoint(_layer, layer, modulation, hidden, condition, use_reentrant=False)
+            if self.region is not None and torch.is_grad_enabled():
+                hidden = self.region(_layer, layer, modulation, hidden, condition)
             else:
                 hidden = _layer(layer, modulation, hidden, condition)
         shift, scale = self.final_modulation(condition).chunk(2, dim=-1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpref.config import Config
 from fastpref.config_rules import STEPWISE_METHODS
-from fastpref.models.loading import DTYPES
+from fastpref.models.loading import DTYPES, open_part
 from fastpref.models.policy import Conditioning, Policy, make_policy, master_dtype
 from fastpref.models.time_ids import target_time_ids
 from fastpref.objectives import build_objective
@@ -154,7 +155,7 @@ def _meta_policy(config: Config, settings: dict[str, Any], *, needs_reference: b
     torch.set_default_dtype(frozen)
     try:
         with _META:
-            unet = UNet2DConditionModel.from_config(settings)
+            unet = open_part(lambda: UNet2DConditionModel.from_config(settings), Path(config.model))
     finally:
         torch.set_default_dtype(before)
     return make_policy(unet, config, _META, needs_reference=needs_reference)

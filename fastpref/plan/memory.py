@@ -1,8 +1,8 @@
 """Bytes on one GPU: what ZeRO divides among ranks, and what everyone holds.
 
 They are the bytes of live tensors. On a CPU glibc keeps freed blocks below 32 MB for itself: a run of the bundled model
-without checkpointing has a peak RSS about 15 % above them unless MALLOC_MMAP_THRESHOLD_ is set. A run with
-checkpointing gives them back (:func:`fastpref.memory.give_back_freed_blocks`).
+without recomputation has a peak RSS about 15 % above them unless MALLOC_MMAP_THRESHOLD_ is set. A run with
+recomputation gives them back (:func:`fastpref.memory.give_back_freed_blocks`).
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
+import fastpref_kernels  # noqa: F401 - registers its ops
+
 
 class PeakMemory(TorchDispatchMode):
     """Bytes of the tensors that are alive, and their maximum; ``known`` are not counted.
@@ -93,8 +95,22 @@ def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -
     return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
+def _lora_linear(x: Any, weight: Any, _: Any, lora_a: Any, lora_b: Any, *__: Any, **___: Any) -> int:
+    return 2 * (x.numel() // x.shape[-1]) * (weight.numel() + lora_a.numel() + lora_b.numel())
+
+
+def _lora_linear_backward(
+    grad: Any, x: Any, weight: Any, lora_a: Any, lora_b: Any, *rest: Any, out_val: Any = None
+) -> int:
+    *_, needs_x, needs_lora = rest
+    products = lora_b.numel() + needs_x * (weight.numel() + lora_a.numel())
+    return 2 * (x.numel() // x.shape[-1]) * (products + needs_lora * (lora_a.numel() + lora_b.numel()))
+
+
 _FORMULAS: dict[Any, Any] = {
-    **flop_registry,  # and the CPU's fused attention, which torch does not know
+    **flop_registry,  # and what torch does not know: the CPU's fused attention, the fused LoRA layer
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.fastpref_kernels.lora_linear: _lora_linear,
+    torch.ops.fastpref_kernels.lora_linear_backward: _lora_linear_backward,
 }

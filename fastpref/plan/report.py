@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -17,13 +17,15 @@ from fastpref.errors import UserError
 from fastpref.memory import resident_bytes
 from fastpref.models.caption_length import BLOCKS
 from fastpref.models.checkpoint import read_facts
-from fastpref.models.loading import model_dir_of, read_part_json, unet_config, vae_scale_factor
+from fastpref.models.loading import model_dir_of, read_part_json, unet_config, unet_source, vae_scale_factor
 from fastpref.models.public import UNETS
-from fastpref.models.weights import stored_values
+from fastpref.models.recompute import MODES
+from fastpref.models.weights import stored_values, tensor_facts
 from fastpref.plan.cost import Batch, flops, store_line, traffic_bytes
 from fastpref.plan.count import Shapes, StepCount, count_step
 from fastpref.plan.devices import device_bytes
 from fastpref.plan.memory import RESERVE, Memory, fits, memory_of
+from fastpref.train.deepspeed_config import read_settings, zero_stage
 
 _MOST_GPUS = 1024
 
@@ -33,15 +35,22 @@ class Plan:
     """What a recipe needs on ``gpus`` of a ``device``."""
 
     config: Config
+    mode: str  # of gradient_checkpointing; with auto the first that fits, else the last
     gpus: int
     device: str
+    shapes: Shapes
     count: StepCount
     batch: Batch
     memories: list[Memory]
     traffic: list[int]  # bytes sent by a rank in a step, under each of them
     flops: int  # of a step over all ranks
     store: str
-    nearest: str  # empty if the recipe fits as it is
+    nearest: str = ""  # empty if the recipe fits as it is
+
+    @property
+    def by_mode(self) -> dict[str, Memory]:
+        """The least that every mode of ``gradient_checkpointing`` needs, as :attr:`best`."""
+        return {mode: _plan(with_mode(self.config, mode), self.gpus, self.device, self.shapes).best for mode in MODES}
 
     @property
     def best(self) -> Memory:
@@ -66,33 +75,58 @@ def make_plan(config: Config, gpus: int, device: str, family: str | None = None)
         raise UserError(f"{gpus} GPUs but {config.batch_size} pairs in a batch", "--gpus", "raise batch_size")
     if gpus > 1 and config.step_in_backward:
         raise UserError("step_in_backward is for one process", "step_in_backward", "set it to false or --gpus to 1")
-    shapes, limit = _shapes(config, family), device_bytes(device)
-    plan = _plan(config, gpus, device, shapes, "")
+    shapes, limit = shapes_of(config, family), device_bytes(device)
+    plan = _plan(config, gpus, device, shapes)
     if fits(plan.best, limit):
         return plan
-    nearest = next((name for name, other in _nearby(plan, shapes) if fits(other.best, limit)), "nothing near it fits")
-    return _plan(config, gpus, device, shapes, nearest)
+    nearest = next((name for name, other in _nearby(plan) if fits(other.best, limit)), "nothing near it fits")
+    return replace(plan, nearest=nearest)
 
 
-def _plan(config: Config, gpus: int, device: str, shapes: Shapes, nearest: str) -> Plan:
-    batch = Batch.of(config, gpus)
-    unseen: dict[str, object] = {"compile": False, "cuda_graphs": False}
+def rank_bytes(config: Config, ranks: int) -> int:
+    """What a run on ``ranks`` takes of the memory of one, as its recipe is: engine, ZeRO stage, model on disk."""
+    batch = Batch.of(config, ranks)
+    stage = zero_stage(config, read_settings(config)) if config.engine == "deepspeed" else 0
+    return memory_of(config, _count(config, shapes_of(config), batch), stage, ranks, beside_bytes(config)).total
+
+
+def with_mode(config: Config, mode: str) -> Config:
+    """The recipe with another ``gradient_checkpointing``."""
+    return config.model_copy(update={"gradient_checkpointing": mode})
+
+
+def _count(config: Config, shapes: Shapes, batch: Batch) -> StepCount:
+    unseen: dict[str, object] = {
+        "compile": False,
+        "cuda_graphs": False,
+    }  # what the count does not depend on, or counts as eager
     if not config.step_in_backward:
         unseen["optimizer"] = "adamw"
-    if gpus > 1:
-        unseen["engine"] = "deepspeed"
-    seen = config.model_copy(update=unseen)  # what the count does not depend on, or counts as eager
+    if config.attention in ("xformers", "flash"):
+        unseen["attention"] = "sdpa"  # they keep the same, and are nothing for fake tensors
+    seen = config.model_copy(update=unseen | {"name": "run", "output_dir": "runs"})
     sizes = (json.dumps(shapes.unet), shapes.latent, shapes.tokens, batch.micro)
-    count = _counted(seen.model_dump_json(), *sizes, batch.rounds > 1)
-    resident = (_process_bytes(config) if device == "cpu" else 0) + _beside(config)
+    return _counted(seen.model_dump_json(), *sizes, batch.rounds > 1)
+
+
+def _plan(config: Config, gpus: int, device: str, shapes: Shapes) -> Plan:
+    if config.gradient_checkpointing == "auto":
+        plans = (_plan(with_mode(config, mode), gpus, device, shapes) for mode in MODES)
+        for plan in plans:
+            if fits(plan.best, device_bytes(device)):
+                break
+        return replace(plan, config=config)
+    batch = Batch.of(config, gpus)
+    split = config if gpus == 1 else config.model_copy(update={"engine": "deepspeed"})
+    count = _count(split, shapes, batch)
+    resident = (_process_bytes(config) if device == "cpu" else 0) + beside_bytes(config)
     stages = (0,) if gpus == 1 else (1, 2, 3)
     memories = [memory_of(config, count, stage, gpus, resident) for stage in stages]
     traffic = [traffic_bytes(config, count, batch, stage, gpus) for stage in stages]
     values = shapes.latent[0] * shapes.latent[1] * shapes.latent[2]
     store = store_line(config, values, shapes.tokens * int(shapes.unet["cross_attention_dim"]))
-    return Plan(
-        config, gpus, device, count, batch, memories, traffic, flops(config, count, batch, gpus), store, nearest
-    )
+    work, mode = flops(config, count, batch, gpus), config.gradient_checkpointing
+    return Plan(config, mode, gpus, device, shapes, count, batch, memories, traffic, work, store)
 
 
 @cache
@@ -101,11 +135,12 @@ def _counted(config: str, unet: str, latent: tuple[int, int, int], tokens: int, 
     return count_step(Config.model_validate_json(config), shapes, pairs, several=several)
 
 
-def _nearby(plan: Plan, shapes: Shapes) -> Iterator[tuple[str, Plan]]:
+def _nearby(plan: Plan) -> Iterator[tuple[str, Plan]]:
     """Changes of the recipe, the least first: memory for time, then fewer bits, then more GPUs."""
     config, settings = plan.config, plan.config.model_dump()
     changes: dict[str, object] = {}
-    tries: list[dict[str, object]] = [{"gradient_checkpointing": True}, {"micro_batch_size": 1}]
+    tries: list[dict[str, object]] = [{"gradient_checkpointing": mode} for mode in _above(plan.mode)]
+    tries.append({"micro_batch_size": 1})
     if config.accumulation == "keep_graphs":
         tries.insert(0, {"accumulation": "rewards_first"})
     if config.optimizer == "adamw":
@@ -115,12 +150,17 @@ def _nearby(plan: Plan, shapes: Shapes) -> Iterator[tuple[str, Plan]]:
             continue
         changes |= change
         other = parse_config(settings | changes)
-        yield _named(changes, plan.gpus), _plan(other, plan.gpus, plan.device, shapes, "")
+        yield _named(changes, plan.gpus), _plan(other, plan.gpus, plan.device, plan.shapes)
     gpus = 2 * plan.gpus
     while gpus <= min(_MOST_GPUS, config.batch_size) and not config.step_in_backward:
         other = parse_config(settings | changes)
-        yield _named(changes, gpus), _plan(other, gpus, plan.device, shapes, "")
+        yield _named(changes, gpus), _plan(other, gpus, plan.device, plan.shapes)
         gpus *= 2
+
+
+def _above(mode: str) -> tuple[str, ...]:
+    """The modes that need less memory."""
+    return MODES[MODES.index(mode) + 1 :]
 
 
 def _allowed(settings: dict[str, object]) -> bool:
@@ -136,7 +176,8 @@ def _named(changes: dict[str, object], gpus: int) -> str:
     return " ".join([*parts, f"on {gpus} GPU{'s' if gpus > 1 else ''}"])
 
 
-def _shapes(config: Config, family: str | None) -> Shapes:
+def shapes_of(config: Config, family: str | None = None) -> Shapes:
+    """Of the recipe's model; of ``family``'s public base model, if it is given and the model is not on disk."""
     if family is not None and not _here(config):
         return _public_shapes(config, family)
     if Path(config.model).is_file():  # its header says all, so nothing is converted for a plan
@@ -152,6 +193,14 @@ def _shapes(config: Config, family: str | None) -> Shapes:
 def _public_shapes(config: Config, family: str) -> Shapes:
     side = config.resolution // 8
     return Shapes(dict(UNETS[family]), (4, side, side), 77 * BLOCKS[config.max_caption_tokens])
+
+
+def unet_values(config: Config) -> int:
+    """Values in the weights of the recipe's UNet, of which headers are read at most."""
+    if config.unet is None and Path(config.model).is_file():
+        return read_facts(Path(config.model)).values["unet"]
+    source = unet_source(model_dir_of(config), config.unet)
+    return sum(shape.numel() for _, _, shape in tensor_facts(source)) if source.is_file() else stored_values(source)
 
 
 def _process_bytes(config: Config) -> int:
@@ -172,7 +221,7 @@ def _here(config: Config) -> bool:
     return config.model == "emoji" or Path(config.model).exists()
 
 
-def _beside(config: Config) -> int:
+def beside_bytes(config: Config) -> int:
     """Bytes of the models that a rollout keeps beside the UNet; an offline run needs none."""
     if config.method not in STEPWISE_METHODS or not _here(config):
         return 0
@@ -203,6 +252,7 @@ def render(plan: Plan) -> Group:
         f"{config.method}, {count.trained_values:,} trained values of {count.trained / 1e9:.2f} GB, "
         f"{count.frozen / 1e9:.2f} GB frozen; {plan.device} has {limit / 1e9:.0f} GB, {RESERVE:.0%} of it kept free",
         f"batch: {arithmetic}",
+        f"gradient_checkpointing: {_modes(plan)}",
         f"work: {plan.flops / 1e12:.2f} TFLOP a step" + _rollout(plan),
         f"store: {plan.store}",
     ]
@@ -210,6 +260,11 @@ def render(plan: Plan) -> Group:
         lines.append("not counted, the model not being here: text encoders and VAE")
     verdict = "fits" if not plan.nearest else f"does not fit; nearest that does: {plan.nearest}"
     return Group(table, *lines, verdict)
+
+
+def _modes(plan: Plan) -> str:
+    needs = ", ".join(f"{mode} {memory.total / 1e9:.2f} GB" for mode, memory in plan.by_mode.items())
+    return f"{needs}; {'auto takes' if plan.config.gradient_checkpointing == 'auto' else 'here'} {plan.mode}"
 
 
 def _rollout(plan: Plan) -> str:

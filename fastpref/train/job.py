@@ -89,8 +89,8 @@ class TrainJob:
         console = console or Console(stderr=True, quiet=not world.is_main)
         for warning in trainer.warnings() if world.is_main else ():
             console.print(warning, style="yellow", markup=False, soft_wrap=True)
-        if note := trainer.record_graphs(device):
-            console.print(note, markup=False, soft_wrap=True)
+        if trainer.unrecorded is not None:
+            console.print(trainer.unrecorded, markup=False, soft_wrap=True)
         return cls(config, model_dir, device, trainer, began, console, world)
 
     def run(self, run_dir: Path) -> dict[str, Any]:
@@ -276,6 +276,7 @@ class TrainJob:
             "world_size": self.world.size,
             **asdict(self._work()),
             "skipped_steps": self.trainer.skipped,
+            "gradient_checkpointing": self.config.gradient_checkpointing,
         }
 
 

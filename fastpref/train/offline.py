@@ -71,7 +71,9 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device, world: W
         policy.share_prompts()
     batches = BatchBuilder(store, schedule, config, device, with_losers=objective.uses_losers)
     engine = open_engine(policy, config, world)
-    return OfflineTrainer(config, policy, objective, sampler, batches, engine, ledger=ledger)
+    trainer = OfflineTrainer(config, policy, objective, sampler, batches, engine, ledger=ledger)
+    trainer.record_graphs(device)
+    return trainer
 
 
 @dataclass

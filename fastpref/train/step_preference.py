@@ -41,6 +41,7 @@ from fastpref.models.latent_reward_file import (
 from fastpref.models.loading import DTYPES, folder_fingerprint
 from fastpref.models.one_step import OneStep, load_one_step
 from fastpref.models.policy import Conditioning
+from fastpref.models.recompute import recomputed_region, set_recomputation
 from fastpref.models.step_preference import StepPreferenceModel
 from fastpref.models.step_preference_file import (
     FOLDER_NAME,
@@ -81,7 +82,7 @@ def open_trainer(
     _check_store(config, store, files)
     sampler, schedule, work = open_sampler(config, store), open_schedule(config, model_dir), Work()
     model = load_step_preference(files, device=device, dtype=_master(config), seed=config.seed)
-    model.recompute = config.gradient_checkpointing
+    model.region = recomputed_region(config.gradient_checkpointing)
     one_step = load_one_step(config, model_dir, device, schedule, store.empty_prompt(), work)
     check_unet(one_step.unet.unet, store, config)
     batches = BatchBuilder(store, schedule, config, device, with_losers=True)
@@ -107,8 +108,7 @@ def _open_latent(config: Config, model_dir: Path, device: torch.device, world: W
         sizes=sizes,
         model_fingerprint=fingerprint,
     )
-    if config.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
+    set_recomputation(model.unet, config.gradient_checkpointing)
     check_unet(model.unet, store, config)
     tokenizer = load_block_tokenizers(model_dir, config.max_caption_tokens)[0].tokenizer
     batches = BatchBuilder(store, schedule, config, device, with_losers=True)

@@ -82,7 +82,9 @@ def open_trainer(config: Config, model_dir: Path, device: torch.device, world: W
     )
     objective = TransitionObjective(config, policy, book, sampler, prompts)
     engine = open_engine(policy, config, world)
-    return StepwiseTrainer(config, policy, collector, objective, prompts, order, engine, work)
+    trainer = StepwiseTrainer(config, policy, collector, objective, prompts, order, engine, work)
+    trainer.record_graphs(device)
+    return trainer
 
 
 @dataclass

@@ -34,8 +34,9 @@ class Trainer(ABC):
     def begin(self, run_dir: Path, watch: Watch) -> None:  # noqa: B027 - most trainers need neither
         """Called once, after a checkpoint was put back and before the first step."""
 
-    def record_graphs(self, device: torch.device) -> str | None:
-        """See :meth:`PolicyTrainer.record_graphs`; preference models run as plain code."""
+    @property
+    def unrecorded(self) -> str | None:
+        """Why something is not recorded as a CUDA graph, in one line; None if nobody would expect it to be."""
         return None
 
     def close(self) -> None:
@@ -135,12 +136,14 @@ class PolicyTrainer(Trainer):
 
     policy: Policy
     graphs: Graphs | None = None
+    _unrecorded: str | None = None
 
-    def record_graphs(self, device: torch.device) -> str | None:
+    @property
+    def unrecorded(self) -> str | None:
+        return self._unrecorded
+
+    def record_graphs(self, device: torch.device) -> None:
         """Record from now on what can be; called once, before the first step.
-
-        Returns:
-            Why something is not recorded, in one line; None if all is, or if nobody would expect it.
 
         Raises:
             UserError: ``cuda_graphs`` is true and nothing can be recorded.
@@ -149,10 +152,11 @@ class PolicyTrainer(Trainer):
         if fault is not None:
             if wanted is True:
                 raise UserError(f"cuda_graphs is true, but {fault}", "cuda_graphs", "use cuda_graphs=auto")
-            return f"no CUDA graphs: {fault}" if wanted == "auto" and device.type == "cuda" else None
+            self._unrecorded = f"no CUDA graphs: {fault}" if wanted == "auto" and device.type == "cuda" else None
+            return
         self.graphs = graphs = Graphs(device, keeps=self.config.accumulation == "keep_graphs", strict=wanted is True)
         self.policy.repeat = graphs.run
-        return self.engine.record_graphs(graphs.run)
+        self._unrecorded = self.engine.record_graphs(graphs.run)
 
     def on_stream(self) -> AbstractContextManager[None]:
         """Around all that a step computes."""

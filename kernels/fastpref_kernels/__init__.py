@@ -10,11 +10,12 @@ from .implicit_reward import ImplicitReward, implicit_reward, implicit_reward_pa
 from .keyed_noise import add_keyed_noise, keyed_noise
 from .lora_linear import lora_linear
 from .paired_preference_loss import PairedPreferenceLoss, paired_preference_loss
-from .patch import PatchCounts, patch_unet, unpatch_unet
+from .patch import MEMORY_BOUND, PatchCounts, patch_unet, unpatch_unet
 from .rpo_loss import rpo_loss
 from .transition_loss import TransitionLoss, transition_loss
 
 __all__ = [
+    "MEMORY_BOUND",
     "PURPOSES",
     "DDIMPool",
     "ImplicitReward",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 OPERATORS: dict[str, Operator] = {}
 
@@ -35,6 +36,8 @@ class Operator:
         self._function = _function(self.label, self.plain, backward, setup_context)
 
     def __call__(self, *arguments: Any) -> Any:
+        if has_torch_function(arguments):  # as torch's own functions do, so that a mode sees the op
+            return handle_torch_function(self, arguments, *arguments)
         return self._form(arguments)(*arguments)
 
     def _form(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:

@@ -155,7 +155,7 @@ def test_in_bf16_with_checkpointing_losses_agree_to_rounding(settings: list[str]
         *settings,
         "learning_rate=1e-4",
         "precision=bf16",
-        "gradient_checkpointing=true",
+        "gradient_checkpointing=full",
         "batch_size=1",
         "micro_batch_size=1",
     ]

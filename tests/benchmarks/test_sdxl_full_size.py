@@ -21,7 +21,7 @@ from fastpref.models.loading import load_unet  # noqa: E402
 @pytest.mark.parametrize("run", ["rpo", "spo", "dpo"])
 def test_recipes_are_valid(run: str) -> None:
     config = parse_config(full_size.settings_of(run, Path("somewhere")))
-    assert config.precision == "bf16" and config.gradient_checkpointing and config.resolution == 512
+    assert config.precision == "bf16" and config.gradient_checkpointing == "full" and config.resolution == 512
 
 
 def test_weights_are_whole_bf16_and_of_torchs_scale(

@@ -24,7 +24,8 @@ from gpu_bench_world import DeviceWeights, draw_weights  # noqa: E402
 import fastpref.models.policy  # noqa: E402
 from fastpref.config import Config, parse_config  # noqa: E402
 from fastpref.models.loading import empty_unet, resolve_device  # noqa: E402
-from fastpref.plan.report import make_plan  # noqa: E402
+from fastpref.models.recompute import MODES, set_recomputation  # noqa: E402
+from fastpref.plan.report import make_plan, with_mode  # noqa: E402
 from fastpref.train.job import TrainJob  # noqa: E402
 from fastpref.watch import Watch  # noqa: E402
 
@@ -73,3 +74,24 @@ def peak_of_finite_steps(config: Config, weights: DeviceWeights, run_dir: Path) 
     lines = [trainer.step(step) for step in range(config.steps)]
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
     return torch.cuda.max_memory_allocated()
+
+
+def peaks_by_mode(config: Config) -> dict[str, int]:
+    """Bytes at the peak of a step with every mode of gradient_checkpointing; the model is loaded once for all, and no
+    step is recorded."""
+    trainer, found = TrainJob.open(config).trainer, {}
+    for number, mode in enumerate(reversed(MODES)):
+        set_recomputation(trainer.policy.unet, mode)  # type: ignore[attr-defined]
+        trainer.step(2 * number)  # the first one makes the optimizer's state
+        torch.cuda.reset_peak_memory_stats()
+        trainer.step(2 * number + 1)
+        found[mode] = torch.cuda.max_memory_allocated()
+    return found
+
+
+def test_every_mode_of_recomputation_needs_what_the_plan_says(folder: Path, weights: DeviceWeights) -> None:
+    weights.lent = True
+    config = parse_config(full_size.settings_of("rpo", folder) | {"device": "cuda", "cuda_graphs": False})
+    measured = peaks_by_mode(config)
+    for mode in MODES:
+        assert abs(make_plan(with_mode(config, mode), 1, "h100").best.total / measured[mode] - 1) < 0.1, measured

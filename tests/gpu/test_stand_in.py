@@ -11,7 +11,6 @@ from unittest import mock
 
 import pytest
 import torch
-import yaml
 from diffusers import UNet2DConditionModel
 
 from fastpref.config import Config
@@ -33,8 +32,7 @@ def _module(name: str) -> ModuleType:
     return module
 
 
-memory, ranks, full_size = _module("test_memory"), _module("test_ranks"), _module("test_full_size")
-recomputation = importlib.import_module("gpu_bench_measure").recomputation  # on the path by the last of them
+full_size, memory, ranks = (_module(f"test_{name}") for name in ("full_size", "memory", "ranks"))
 RECIPES = {f"memory {name}": [*memory.BASE, *more] for name, more in memory.RECIPES.items()}
 RECIPES |= {f"ranks {name}": [*ranks.BASE, *more, "device=cpu"] for name, more in ranks.METHODS.items()}
 
@@ -56,8 +54,7 @@ SMALL = {
 
 
 def test_full_size_steps_on_the_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SDXL's UNet with few channels; SPO's round and the 8-bit optimizer are tried elsewhere, and recomputation, which
-    enters an autocast that the stand-in does not see."""
+    """SDXL's UNet with few channels; SPO's round and the 8-bit optimizer are tried elsewhere, and recomputation."""
     shape = public.UNETS["sdxl"] | SMALL
     with torch.device("meta"):
         count = sum(p.numel() for p in UNet2DConditionModel(**shape).parameters())
@@ -65,12 +62,17 @@ def test_full_size_steps_on_the_stand_in(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(public.PARAMETERS, "sdxl", count)
     monkeypatch.setitem(full_size.full_size.COMMON, "resolution", 64)
     full_size.full_size.make_inputs(tmp_path, weights=False)
-    (setting,) = recomputation("none") or []
     settings = full_size.full_size.settings_of("rpo", tmp_path) | {"device": "cuda", "resolution": 64, "steps": 2}
-    settings["gradient_checkpointing"] = yaml.safe_load(setting.partition("=")[2])
+    settings["gradient_checkpointing"] = "none"
     with StandInGpu(), mock.patch.object(torch.cuda, "reset_peak_memory_stats", lambda *_: None):
         empty, device = full_size.empty_unet(tmp_path / "model" / "unet"), full_size.resolve_device("auto")
         weights = full_size.DeviceWeights(empty, lambda: full_size.draw_weights(empty, device))
         with mock.patch.object(full_size.fastpref.models.policy, "load_unet", weights.load_unet):
             assert full_size.peak_of_finite_steps(full_size.parse_config(settings), weights, tmp_path) == 0
         assert {on_gpu(weight) for weight in weights._weights.values()} == {True}
+
+
+def test_every_mode_of_recomputation_on_the_stand_in(sdxl_config: MakeConfig) -> None:
+    with StandInGpu():
+        found = full_size.peaks_by_mode(sdxl_config("method=rpo", "batch_size=2", "device=cuda", "cuda_graphs=false"))
+    assert [*found] == ["full", "selective", "none"]

@@ -64,7 +64,7 @@ def test_training_is_the_same_function(sdxl_config: MakeConfig, extra: list[str]
 
 
 def test_fused_ops_and_slices_run_in_bf16_with_a_frozen_copy(sdxl_config: MakeConfig) -> None:
-    common = ["method=dpo", "beta=20", "batch_size=2", "precision=bf16", "train=full", "gradient_checkpointing=true"]
+    common = ["method=dpo", "beta=20", "batch_size=2", "precision=bf16", "train=full", "gradient_checkpointing=full"]
     plain, _ = step(sdxl_config(*common))
     loss, _ = step(sdxl_config(*common, "fused_ops=true", "attention=sliced"))
     assert loss == pytest.approx(plain, rel=2e-2)

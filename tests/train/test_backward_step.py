@@ -36,16 +36,19 @@ def small_engine(model: Weights, *overrides: str) -> BackwardEngine:
 
 def test_it_is_the_ordinary_step_bit_for_bit(sdxl_config: MakeConfig) -> None:
     results = []
-    for extra in ([], ["step_in_backward=true"]):
+    inside_backward = "step_in_backward=true"
+    kinds = ([], [inside_backward], *([inside_backward, f"gradient_checkpointing={m}"] for m in ("selective", "full")))
+    for extra in kinds:
         trainer = TrainJob.open(sdxl_config(*FULL, "max_grad_norm=null", "warmup_steps=2", *extra)).trainer
         metrics = [trainer.step(step) for step in range(3)]
         results.append((metrics, {n: p.detach().clone() for n, p in trainer.policy.trainable.items()}))
-    (plain, expected), (inside, found) = results
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
-    for a, b in zip(plain, inside, strict=True):
-        assert a["loss"] == b["loss"] and a["lr"] == b["lr"]
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
+    plain, expected = results.pop(0)
+    for inside, found in results:
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+        for a, b in zip(plain, inside, strict=True):
+            assert a["loss"] == b["loss"] and a["lr"] == b["lr"]
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
 
 
 def count_gradients(parameters: list[torch.nn.Parameter]) -> int:

@@ -46,7 +46,7 @@ def test_offline_steps(sdxl_config: Callable[..., Config], graphs: list[str]) ->
     """LoRA on and off, with and without gradient, checkpointed: losses and weights as without compiling."""
     from torch._dynamo.utils import counters
 
-    common = ["method=dpo", "precision=fp64", "gradient_checkpointing=true", "learning_rate=0.01"]
+    common = ["method=dpo", "precision=fp64", "gradient_checkpointing=full", "learning_rate=0.01"]
     counters.clear()
     results = []
     for extra in ([], graphs):

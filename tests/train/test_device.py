@@ -33,6 +33,8 @@ METHODS = {
     "dpo": ["method=dpo", "micro_batch_size=2", "safeguard=0.9", "ema_decay=0.9", "caption_dropout=0.5"],
     "dpo fp16": ["method=dpo", "precision=fp16"],
     "rpo, all graphs, bf16": ["method=rpo", "micro_batch_size=2", "accumulation=keep_graphs", "precision=bf16"],
+    "rpo, norms recomputed": ["method=rpo", "gradient_checkpointing=selective", "fused_ops=true"],
+    "dpo, all recomputed": ["method=dpo", "gradient_checkpointing=full", "attention=sliced"],
     "rpo, a copy as reference": ["method=rpo", "micro_batch_size=2", "train=full", "reference=copy"],
     "rpo, ledger": ["method=rpo", "reference=ledger", "max_grad_norm=null"],
     "adafactor": ["method=dpo", "train=full", "optimizer=adafactor"],

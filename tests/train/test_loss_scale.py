@@ -104,7 +104,7 @@ def test_a_compiled_graph_is_differentiated_twice() -> None:
 @pytest.mark.parametrize(
     "method",
     [
-        ["method=dpo", "beta=5000", "gradient_checkpointing=true"],
+        ["method=dpo", "beta=5000", "gradient_checkpointing=full"],
         ["method=spm", "train=full"],
         ["method=lrm", "train=full"],
     ],

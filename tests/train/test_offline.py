@@ -175,17 +175,30 @@ def test_the_reference_does_not_move(sdxl_config: MakeConfig, train: str) -> Non
     assert (policy_before - policy_after).abs().max() > 1e-3
 
 
-def test_gradient_checkpointing_changes_nothing_but_the_count(sdxl_config: MakeConfig) -> None:
-    common = [*METHODS["rpo"], "precision=fp64", "micro_batch_size=4"]
-    loss, gradient, plain = loss_and_gradient(sdxl_config(*common))
-    other_loss, other, again = loss_and_gradient(sdxl_config(*common, "gradient_checkpointing=true"))
-    assert other_loss == pytest.approx(loss, rel=1e-12) and torch.allclose(other, gradient, rtol=1e-9, atol=1e-15)
-    # 16 rows: reference, rewards first, once more with the graph; 16 rows backward
-    assert (plain.policy.forwards, plain.policy.recomputed, plain.policy.backwards) == (48, 0, 16)
-    assert (again.policy.forwards, again.policy.recomputed, again.policy.backwards) == (48, 16, 16)
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["train=full", "fused_ops=true"],
+        ["fused_ops=true", "precision=bf16"],
+        ["attention=sliced", "accumulation=keep_graphs"],
+    ],
+)
+def test_gradient_checkpointing_changes_nothing_but_the_count(sdxl_config: MakeConfig, extra: list[str]) -> None:
+    """Bit for bit: the same ops on the same numbers."""
+    common = [*METHODS["rpo"], "micro_batch_size=4", *extra]
+    loss, gradient, plain = loss_and_gradient(sdxl_config(*common, "gradient_checkpointing=none"))
+    # 16 rows: reference, rewards first, once more with the graph unless it was kept; 16 rows backward
+    forwards = 32 if "accumulation=keep_graphs" in extra else 48
+    assert (plain.policy.forwards, plain.policy.recomputed, plain.policy.backwards) == (forwards, 0, 16)
+    for mode, recomputed in (("selective", 0), ("full", 16)):
+        other_loss, other, again = loss_and_gradient(sdxl_config(*common, f"gradient_checkpointing={mode}"))
+        assert other_loss == loss and torch.equal(other, gradient), mode
+        counts = (again.policy.forwards, again.policy.recomputed, again.policy.backwards)
+        assert counts == (forwards, recomputed, 16), mode
 
 
-def test_gradient_checkpointing_runs_the_blocks_again(sdxl_config: MakeConfig) -> None:
+def test_full_checkpointing_runs_the_blocks_again(sdxl_config: MakeConfig) -> None:
     def block_calls(*overrides: str) -> int:
         trainer = make_trainer(sdxl_config("method=sft", *overrides))
         calls = 0
@@ -198,7 +211,8 @@ def test_gradient_checkpointing_runs_the_blocks_again(sdxl_config: MakeConfig) -
         trainer.step(0)
         return calls
 
-    assert block_calls() == 1 and block_calls("gradient_checkpointing=true") == 2
+    calls = {mode: block_calls(f"gradient_checkpointing={mode}") for mode in ("none", "selective", "full")}
+    assert calls == {"none": 1, "selective": 1, "full": 2}
 
 
 def test_sizes_reach_the_unet_unrounded_in_bf16(sdxl_config: MakeConfig) -> None:

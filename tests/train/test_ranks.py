@@ -122,11 +122,12 @@ def runs(folder: Path, recipe: Callable[..., Config]) -> dict[str, Config]:
             made[f"{method}-{layout}"] = recipe(f"{method}-{layout}", "precision=fp64", *settings, *LAYOUTS[layout])
     for layout in ("ZeRO-2", "ZeRO-3"):
         offload = f"deepspeed={CONFIGS}/{layout.lower().replace('-', '')}_offload.json"
-        made[f"few-{layout}"] = recipe(f"few-{layout}", *METHODS["dpo"], *LAYOUTS[layout])
+        selective = "gradient_checkpointing=selective"  # where weights are elsewhere in between
+        made[f"few-{layout}"] = recipe(f"few-{layout}", *METHODS["dpo"], *LAYOUTS[layout], selective)
         made[f"offload-{layout}"] = recipe(f"offload-{layout}", *METHODS["dpo"], *LAYOUTS[layout], offload)
         made[f"fp16-{layout}"] = recipe(f"fp16-{layout}", *METHODS["dpo"], *LAYOUTS[layout], "precision=fp16")
     for whole in ("true", "unet"):
-        engine = [*LAYOUTS["ZeRO-2"], f"compile={whole}", "gradient_checkpointing=true"]
+        engine = [*LAYOUTS["ZeRO-2"], f"compile={whole}", "gradient_checkpointing=full"]
         made[f"compiled-{whole}"] = recipe(f"compiled-{whole}", *EXACT, *METHODS["dpo"], *engine)
     made["nan"] = recipe("nan", *METHODS["dpo"], *LAYOUTS["ZeRO-2"])
     for layout in SCALED:

@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fastpref.data.store import Store, StoreBatch
 from fastpref.errors import UserError
 from fastpref.evaluate.pair_accuracy import evaluate_pair_accuracy
 from fastpref.evaluate.sample import generate, load_policy_pipeline
-from fastpref.models.policy import Conditioning
+from fastpref.models.policy import Conditioning, Predict
 from fastpref.models.prompt_book import PromptBook
 from fastpref.models.text import load_text_stack
 from fastpref.models.time_ids import target_time_ids
@@ -118,16 +119,16 @@ def test_nothing_is_learnt_from_the_sizes_of_pairs_alike(
 
 def predict_sides_apart(policy: Any) -> None:
     """Winners and losers in forwards of one shape: a matrix product may round first and last rows differently."""
-    plain = policy._call
 
-    def apart(unet: Any, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    def apart(plain: Predict, noisy: torch.Tensor, timesteps: torch.Tensor, told: Conditioning) -> torch.Tensor:
         n, sides = len(noisy) // 2, []
         for side in (slice(0, n), slice(n, None)):
-            x, t, *told = (torch.cat([rows[side]] * 2) for rows in (noisy, timesteps, *vars(conditioning).values()))
-            sides.append(plain(unet, x, t, Conditioning(*told))[:n])
+            x, t, *given = (torch.cat([rows[side]] * 2) for rows in (noisy, timesteps, *vars(told).values()))
+            sides.append(plain(x, t, Conditioning(*given))[:n])
         return torch.cat(sides)
 
-    policy._call = apart
+    policy.forward_pass = partial(apart, policy.forward_pass)
+    policy.reference_pass = partial(apart, policy.reference_pass)
 
 
 @pytest.mark.parametrize("method", ["spm", "lrm"])
@@ -209,10 +210,10 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
     told: list[list[float]] = []
     plain = Conditioning.kwargs
 
-    def spied(conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Any]:
+    def spied(conditioning: Conditioning, *dtypes: torch.dtype) -> dict[str, Any]:
         assert conditioning.time_ids is not None
         told.extend(conditioning.time_ids.tolist())
-        return plain(conditioning, dtype)
+        return plain(conditioning, *dtypes)
 
     monkeypatch.setattr(Conditioning, "kwargs", spied)
     return told

@@ -179,7 +179,7 @@ def test_the_micro_batch_size_does_not_matter(spm: Recipe) -> None:
     """8, 4+4 and 2+2+2+2 are one function, ties and repeated prompts included: 1e-9 in float64."""
     metrics, gradient, _ = loss_and_gradient(spm("precision=fp64"))
     assert gradient.norm() > 0
-    for extra in (["micro_batch_size=4"], ["micro_batch_size=2", "decode_batch_size=3", "gradient_checkpointing=true"]):
+    for extra in (["micro_batch_size=4"], ["micro_batch_size=2", "decode_batch_size=3", "gradient_checkpointing=full"]):
         other, own, _ = loss_and_gradient(spm("precision=fp64", *extra))
         for key in ("loss", "score_winner", "score_loser", "margin", "accuracy"):
             assert abs(other[key] - metrics[key]) <= 1e-9 * max(1.0, abs(metrics[key])), (extra, key)

@@ -169,7 +169,7 @@ def test_keys_and_values_of_a_shared_prompt_are_computed_once_and_are_the_same(s
     """Half of the rows in the cross-attention's projections; loss and gradient as without, in float64."""
     from fastpref.models.policy import load_policy
 
-    config = sdxl_config("method=dpo", "precision=fp64", "gradient_checkpointing=true", "caption_dropout=0.5")
+    config = sdxl_config("method=dpo", "precision=fp64", "gradient_checkpointing=full", "caption_dropout=0.5")
     job = TrainJob.open(config)
     shared = job.trainer.policy  # type: ignore[attr-defined]
     plain = load_policy(config, job.model_dir, job.device, needs_reference=False)

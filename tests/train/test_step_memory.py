@@ -14,7 +14,7 @@ from fastpref.plan.meter import PeakMemory
 from fastpref.train.job import TrainJob
 
 MakeConfig = Callable[..., Config]
-COMMON = ["gradient_checkpointing=true", "batch_size=4", "micro_batch_size=2"]
+COMMON = ["batch_size=4", "micro_batch_size=2"]
 
 
 @pytest.fixture
@@ -30,10 +30,12 @@ def uncollected() -> Iterator[None]:
 @pytest.mark.parametrize(
     "extra",
     [
-        ["method=rpo", "precision=bf16"],
-        ["method=rpo", "accumulation=keep_graphs", "attention=sliced"],
-        ["method=dpo", "train=full", "fused_ops=true"],
-        ["method=dpo", "compile=true"],
+        ["method=rpo", "precision=bf16", "gradient_checkpointing=full"],
+        ["method=rpo", "accumulation=keep_graphs", "attention=sliced", "gradient_checkpointing=full"],
+        ["method=dpo", "train=full", "fused_ops=true", "gradient_checkpointing=full"],
+        ["method=dpo", "compile=true", "gradient_checkpointing=full"],
+        ["method=rpo", "precision=bf16", "gradient_checkpointing=selective"],
+        ["method=dpo", "train=full", "fused_ops=true", "gradient_checkpointing=selective"],
     ],
 )
 def test_nothing_of_the_graph_outlives_its_backward(

@@ -23,6 +23,7 @@ from fastpref.config import Config, load_config, save_config
 from fastpref.errors import UserError
 from fastpref.models.guidance import guided
 from fastpref.models.loading import resolve_model_dir
+from fastpref.models.recompute import MODES
 from fastpref.rollout.transitions import Transitions
 from fastpref.runs import run_training
 from fastpref.train.job import TrainJob
@@ -261,6 +262,19 @@ def test_micro_batches_do_not_change_the_training(recipe: Recipe, tmp_path: Path
         return torch.cat([p.detach().flatten() for p in trainer.policy.trainable.values()])
 
     torch.testing.assert_close(trained(), trained(f"micro_batch_size={micro}"), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("extra", [["inner_steps=1"], ["fused_ops=true", "train=full"]])
+def test_recomputation_does_not_change_the_training(recipe: Recipe, tmp_path: Path, extra: list[str]) -> None:
+    """Win and lose apart or together, bit for bit: the same ops on the same numbers."""
+    found = {}
+    for mode in MODES:
+        config = recipe(*extra, "sample_steps=4", f"gradient_checkpointing={mode}")
+        trainer = perturbed(opened(config, tmp_path / mode), 0.01)
+        trainer.step(0)
+        assert trainer.policy.recomputed == (trainer.policy.backwards if mode == "full" else 0)
+        found[mode] = torch.cat([p.detach().flatten() for p in trainer.policy.trainable.values()])
+    assert torch.equal(found["selective"], found["none"]) and torch.equal(found["full"], found["none"])
 
 
 def test_a_round_is_the_same_on_two_ranks(recipe: Recipe, tmp_path: Path) -> None:
