@@ -7,14 +7,15 @@ MANIFESTS := pyproject.toml kernels/pyproject.toml constraints.txt
 
 REFERENCE := .venv-reference
 
-.PHONY: help quickstart quickstart-spo test test-processors lint compare bench reference-venv kernels fuzz soak gpu-bench gpu-acceptance clean
+.PHONY: help quickstart quickstart-spo test test-thorough test-processors lint compare bench reference-venv kernels fuzz soak gpu-bench gpu-acceptance clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   RPO on the bundled emoji world, report in runs/quickstart/report.html"
 	@echo "make quickstart-spo   a step-aware preference model, then SPO with it; report in runs/quickstart-spo/report.html"
-	@echo "make test         lint, types and the whole test suite"
-	@echo "make test-processors   the suite with the BLAS, convolution and vector kernels of three other processors"
+	@echo "make test         lint, types and the test suite"
+	@echo "make test-thorough   the suite with what it repeats at length, marked thorough"
+	@echo "make test-processors   all of that with the BLAS, convolution and vector kernels of three other processors"
 	@echo "make compare      SFT, DPO and RPO from one base over three seeds: an hour and a half or more, resumable"
 	@echo "make bench        the short set of benchmarks: 11 minutes"
 	@echo "make reference-venv   $(REFERENCE), 6 GB, in which diffusers' training scripts run too"
@@ -60,9 +61,16 @@ lint: $(VENV)/.dev
 	@$(BIN)/mypy
 
 # Three workers on two cores: some tests wait for processes that they started.
+# tests/conftest.py puts the modules that take longest first, which xdist would reorder by their number of tests.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadscope --no-loadscope-reorder
+
 test: lint
 	@echo "== tests"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadscope
+	@$(PYTEST)
+
+test-thorough: lint
+	@echo "== tests, the thorough ones too"
+	@$(PYTEST) -m ""
 
 test-processors: $(VENV)/.dev
 	@$(BIN)/python tests/processors.py

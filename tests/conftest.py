@@ -11,8 +11,22 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))  # helpers of several folders' tests are modules beside this one
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SMALL = ["records=RECORDS", "resolution=32", "evaluate=false", "tracker=none", "shard_size=10"]
+# The modules that take longest, first: none of them runs alone at the end while the other workers have nothing to do.
+LONGEST = [
+    *("train/test_ranks", "train/test_lost_ranks", "train/test_compiled", "train/test_run", "tests/test_workloads"),
+    *("plan/test_plan", "benchmarks/test_devices", "benchmarks/test_offline_vs_reference", "train/test_lrm"),
+    *("train/test_offline", "models/test_single_file", "train/test_device", "fuzz/test_fuzz", "tests/test_quickstart"),
+    *("train/test_step_memory", "tests/test_patch", "data/test_resume", "tests/test_export", "train/test_stepwise"),
+    *("tests/test_packaging", "train/test_spm", "execution/test_execution", "static/test_static"),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(f"{item.path.parent.name}/{item.path.stem}", len(places)))
 
 
 @pytest.fixture(autouse=True)
@@ -93,15 +107,21 @@ def sd15_store(tmp_path_factory: pytest.TempPathFactory, sd15: Path, clip: Path,
     return store
 
 
+@pytest.fixture(scope="session")
+def sdxl_config_in(sdxl: Path, sdxl_store: Path) -> Callable[..., Any]:
+    """``sdxl_config_in(folder)("steps=3", …)``: a small recipe on the random SDXL, writing below the folder."""
+    return lambda folder: _recipe(sdxl, sdxl_store, folder)
+
+
 @pytest.fixture
-def sdxl_config(sdxl: Path, sdxl_store: Path, tmp_path: Path) -> Callable[..., Any]:
-    """``sdxl_config("steps=3", …)``: a small recipe on the random SDXL, writing below the test's own folder."""
-    return _recipe(sdxl, sdxl_store, tmp_path)
+def sdxl_config(sdxl_config_in: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """The same, writing below the test's own folder."""
+    return sdxl_config_in(tmp_path)
 
 
 @pytest.fixture
 def sd15_config(sd15: Path, sd15_store: Path, tmp_path: Path) -> Callable[..., Any]:
-    """The same on the random SD1.5."""
+    """``sdxl_config`` on the random SD1.5."""
     return _recipe(sd15, sd15_store, tmp_path)
 
 

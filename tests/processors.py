@@ -49,8 +49,8 @@ def main() -> int:
             print("skipped: this processor has no AVX-512", flush=True)
             continue
         workers = max(1, (os.cpu_count() or 1) // int(setting["OMP_NUM_THREADS"]))
-        command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadscope", *arguments]
-        if subprocess.run(command, cwd=ROOT, env=os.environ | setting).returncode:
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-n", str(workers), "--dist", "loadscope"]
+        if subprocess.run([*command, *arguments], cwd=ROOT, env=os.environ | setting).returncode:
             failed.append(name)
     print("failed as on: " + ", ".join(failed) if failed else "the suite is green under these settings")
     return int(bool(failed))

@@ -8,7 +8,6 @@ collective breaks or times out, the ones that are left name those that stayed be
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import time
@@ -130,7 +129,10 @@ class World:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Rank 0 works inside as long as it takes; the others have nothing to do and wait without a timeout."""
+        """Rank 0 works inside as long as it takes; the others have nothing to do and wait without a timeout.
+
+        They leave together: rank 0 holds the store that the others ask, and may have nothing else to do than to exit.
+        """
         if self.size == 1:
             yield
             return
@@ -141,10 +143,10 @@ class World:
             own = error
         finally:
             if self.is_main:
-                _store().set(key, json.dumps(own and (own.what, own.where, own.todo)))
+                _store().set(key, "")
         while not _store().check([key]):
             time.sleep(_POLL_SECONDS)
-        self._raise_first([json.loads(_store().get(key))], own)
+        self._raise_first(self.objects(own and (own.what, own.where, own.todo)), own)
 
     def _raise_first(self, found: list[Any], own: UserError | None) -> None:
         for rank, parts in enumerate(found):

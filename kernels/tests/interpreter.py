@@ -69,6 +69,7 @@ class _Monitor:
     tensors: list[tuple[int, int]] = field(default_factory=list)  # [first byte, one past the last)
     regions: list[_Region] = field(default_factory=list)
     launch: Launch = field(default_factory=lambda: Launch("", 0))
+    patched: set[int] = field(default_factory=set)  # modules, by the id of their globals
     counted: list[Launch] | None = None
     selected: Programs | None = None
 
@@ -107,7 +108,7 @@ def fp32_to_bf16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
 
 
-def _wrap(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def _wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     setattr(owner, name, make(getattr(owner, name)))
 
 
@@ -226,7 +227,7 @@ def _watched_launch(original: Callable[..., Any]) -> Callable[..., Any]:
         programs = int(np.prod(self.grid)) if isinstance(self.grid, tuple) else 0
         _monitor.tensors = [(x.data_ptr(), x.data_ptr() + _span(x)) for x in tensors]
         _monitor.regions = _regions(tensors) if programs != 1 and _monitor.selected is None else []
-        _monitor.launch = Launch(self.fn.__name__, programs)
+        _monitor.launch, _monitor.patched = Launch(self.fn.__name__, programs), set()
         if _monitor.counted is not None:
             _monitor.counted.append(_monitor.launch)
         if _monitor.selected is not None:
@@ -247,6 +248,37 @@ def _selective(kernel: Callable[..., Any], selected: Programs) -> Callable[..., 
     return run
 
 
+def _device_function(_: Callable[..., Any]) -> Callable[..., Any]:
+    """As shipped, but triton.language is patched once a launch for each module, not in every call: a fifth of the
+    time."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (module := id(self.fn.__globals__)) not in _monitor.patched:
+            shipped._patch_lang(self.fn)
+            _monitor.patched.add(module)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise shipped.InterpreterError(repr(error)) from error
+
+    return __call__
+
+
+def _remembered(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The shipped look-up makes a table of all types for every tensor."""
+    known: dict[Any, np.dtype] = {}
+
+    def np_dtype(type_: Any) -> np.dtype:
+        scalar = type_.scalar
+        if isinstance(scalar, tl.pointer_type):
+            return original(type_)
+        if scalar not in known:
+            known[scalar] = original(scalar)
+        return known[scalar]
+
+    return np_dtype
+
+
 _installed = False
 
 
@@ -265,3 +297,5 @@ def install() -> None:
     _wrap(shipped.InterpreterBuilder, "create_atomic_cas", _refuse_atomics)
     _wrap(shipped.ReduceOps, "apply_impl", _refuse_bf16_reduction)
     _wrap(shipped.GridExecutor, "__call__", _watched_launch)
+    _wrap(shipped.InterpretedFunction, "__call__", _device_function)
+    _wrap(shipped, "_get_np_dtype", _remembered)

@@ -18,23 +18,31 @@ peft = pytest.importorskip("peft")
 COUNTS = PatchCounts(group_norm_silu=17, geglu=4, lora_linear=32)
 
 
+ONE_LEVEL = {
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "block_out_channels": (16,),
+    "mid_block_type": None,
+}
+
+
 def make_unet(lora: bool = True, **config: object) -> torch.nn.Module:
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        cross_attention_dim=12,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=8 + 6 * 4,
-        use_linear_projection=True,
-        **config,
-    ).requires_grad_(False)
+    settings: dict[str, object] = {
+        "sample_size": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 12,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 8 + 6 * 4,
+        "use_linear_projection": True,
+    }
+    unet = diffusers.UNet2DConditionModel(**(settings | config)).requires_grad_(False)
     if lora:
         add_lora(unet, "default")
     return unet.train()
@@ -219,8 +227,8 @@ def test_autocast_is_as_close_as_torch() -> None:
 
 
 def test_compiles_as_one_graph() -> None:
-    """The whole UNet, with its gradients."""
-    unet = make_unet(mid_block_type=None)
+    """The whole UNet, of one level, with its gradients."""
+    unet = make_unet(**ONE_LEVEL)
     expected = run_with_gradients(unet)
     patch_unet(unet)
     torch._dynamo.reset()
@@ -232,7 +240,7 @@ def test_with_the_kernels_interpreted(path: str) -> None:
     """group_norm_silu and geglu as kernels, the low-rank product by BLAS as in fp32 on a GPU."""
     if path == "cpu":
         pytest.skip("the other tests of this file")
-    unet = make_unet(lora=True, mid_block_type=None)
+    unet = make_unet(**ONE_LEVEL)
     expected = run_with_gradients(unet)
     patch_unet(unet)
     assert_same(unet, expected)

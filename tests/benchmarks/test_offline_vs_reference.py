@@ -27,7 +27,7 @@ from fastpref.errors import UserError  # noqa: E402
 from fastpref.models import policy  # noqa: E402
 from fastpref.train.offline import OfflineTrainer  # noqa: E402
 
-STEPS = 20
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.parametrize("method", bench.METHODS)
-def test_losses_of_twenty_steps_are_the_same(settings: list[str], method: str) -> None:
+def test_losses_of_several_steps_are_the_same(settings: list[str], method: str) -> None:
     """fp32, ours with the ledger where there is one: to the tolerance although the weights have moved."""
     arms = bench.sides_of(settings, method)
     trainer = worlds.trainer_of(settings, *arms[list(arms)[-1]])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from fastpref.data import workspace
@@ -16,16 +15,10 @@ from fastpref.data.workspace import Ranks, Workspace
 from fastpref.errors import UserError
 
 # Forks a child for every rank of every run, which prepares; with a death "function:call" it gets SIGKILL in that call.
-# What is slow to import is imported once, before the forks.
 DRIVER = """
 import os, signal, sys
-import torch
-torch.set_num_threads(1)
 from fastpref.config import load_config
 from fastpref.data import encode, prepare, scan, workspace
-from fastpref.models import similarity
-from diffusers import AutoencoderKL
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 scan.SCAN_ROWS = 8
 config_file, *runs = sys.argv[1:]
@@ -71,8 +64,7 @@ def drive(config, tmp_path: Path, runs: list[str]) -> None:
 
     save_config(config, tmp_path / "prepare.yaml")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", DRIVER, str(tmp_path / "prepare.yaml"), *runs]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = forked.run(["-c", DRIVER, str(tmp_path / "prepare.yaml"), *runs], environment)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -1,4 +1,7 @@
-"""A few hundred of the fuzz cases; `make fuzz` runs thousands. ``python tests/fuzz/fuzz.py --only N`` repeats one."""
+"""A hundred and thirty of the fuzz cases, two hundred with the thorough ones; `make fuzz` runs thousands.
+
+``python tests/fuzz/fuzz.py --only N`` repeats one.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from fuzz.fuzz import run_case
 from fuzz.targets import TARGETS
 from fuzz.world import World
 
-CASES, GROUPS = 220, 10
+CASES, GROUPS, QUICK = 220, 10, 6
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("group", range(GROUPS))
+@pytest.mark.parametrize(
+    "group", [*range(QUICK), *(pytest.param(group, marks=pytest.mark.thorough) for group in range(QUICK, GROUPS))]
+)
 def test_damage_is_refused_or_makes_no_difference(
     world: World, tmp_path: Path, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

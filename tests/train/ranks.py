@@ -1,4 +1,4 @@
-"""Starts the processes of a run, several runs one after another, because importing DeepSpeed takes ten seconds.
+"""Starts the processes of a run, several runs one after another.
 
 As a script it is one such process: ``ranks.py RECIPE…`` trains the recipes in turn. A recipe ``NAME.yaml`` goes on from
 the first checkpoint of the run named in ``NAME.from``, and gets the fault named in ``NAME.fault``.
@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Process
 
 from fastpref.config import Config, load_config, save_config
 from fastpref.errors import UserError
@@ -51,30 +51,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(arguments: list[str], ranks: int = 2) -> list[subprocess.Popen[str]]:
+def start(arguments: list[str], ranks: int = 2) -> list[Process]:
     """A process a rank running ``python ARGUMENTS``, with the environment that a launcher gives it."""
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment = {**os.environ, **common, "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
+    return [Process(arguments, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
 
 
-def finish(processes: list[subprocess.Popen[str]], timeout: float = 300) -> list[tuple[int, str]]:
+def finish(processes: list[Process], timeout: float = 300) -> list[tuple[int, str]]:
     """(exit code, stderr) of every rank."""
     try:
-        said = [process.communicate(timeout=timeout)[1] for process in processes]
+        said = [process.communicate(timeout)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+    return [(process.wait(), text) for process, text in zip(processes, said, strict=True)]
 
 
 def train(config: Config, source: Path | None = None, fault: str = "") -> None:

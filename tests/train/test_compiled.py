@@ -42,11 +42,13 @@ def _assert_same(expected: tuple[list, list], found: tuple[list, list]) -> None:
 
 
 @pytest.mark.parametrize("graphs", [["compile=true"], ["compile=unet"]])
-def test_offline_steps(sdxl_config: Callable[..., Config], graphs: list[str]) -> None:
-    """LoRA on and off, with and without gradient, checkpointed: losses and weights as without compiling."""
+def test_offline_steps(sdxl_config: Callable[..., Config], one_level_unet: Path, graphs: list[str]) -> None:
+    """LoRA on and off, with and without gradient, checkpointed: losses and weights as without compiling. The blocks
+    are of two widths, the one graph is of one level: it takes as long as it has modules."""
     from torch._dynamo.utils import counters
 
     common = ["method=dpo", "precision=fp64", "gradient_checkpointing=full", "learning_rate=0.01"]
+    common += [f"unet={one_level_unet}"] if "compile=unet" in graphs else []
     counters.clear()
     results = []
     for extra in ([], graphs):
@@ -59,7 +61,7 @@ def test_offline_steps(sdxl_config: Callable[..., Config], graphs: list[str]) ->
 
 
 def test_a_rollout_and_its_steps(
-    sdxl: Path, few_records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sdxl: Path, one_level_unet: Path, few_records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Merged weights, guidance, batches of several sizes, LoRA on and off: the same pairs, losses and weights."""
     (tmp_path / "steady_scorers.py").write_text(SCORER)
@@ -68,7 +70,7 @@ def test_a_rollout_and_its_steps(
         *("method=spo", f"model={sdxl}", f"records={few_records}", "scorer=steady_scorers:bright", "resolution=16"),
         *("sample_steps=4", "plain_steps=2", "candidates=3", "guidance_scale=3", "rollout_prompts=3", "batch_size=4"),
         *("rollout_batch_size=2", "score_threshold=0.05", "lora_rank=4", "learning_rate=1e-3", "precision=fp64"),
-        *("evaluate=false", "tracker=none", "steps=2"),
+        *("evaluate=false", "tracker=none", "steps=2", f"unet={one_level_unet}"),
     ]
     results = []
     for graphs in ("false", "unet"):
@@ -83,8 +85,8 @@ def test_a_rollout_and_its_steps(
     _assert_same(*results)
 
 
-def test_the_wait_is_explained(sdxl_config: Callable[..., Config], tmp_path: Path) -> None:
+def test_the_wait_is_explained(sdxl_config: Callable[..., Config], one_level_unet: Path, tmp_path: Path) -> None:
     screen = StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
-    TrainJob.open(sdxl_config("method=sft", "compile=true", "steps=1"), console).run(tmp_path)
+    TrainJob.open(sdxl_config("method=sft", "compile=true", "steps=1", f"unet={one_level_unet}"), console).run(tmp_path)
     assert "0/1 compiling, which takes a while" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())

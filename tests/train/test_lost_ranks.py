@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from forked import Process
 from ranks import Task
 from safetensors.torch import load_file
 
@@ -21,11 +21,11 @@ BASE = ["method=dpo", "beta=200", "micro_batch_size=4", "lora_targets=[to_q]", "
 
 
 @pytest.fixture
-def recipe(sdxl_config: Callable[..., Config]) -> Callable[..., Config]:
-    return lambda *more: sdxl_config(*BASE, *more)
+def recipe(sdxl_config: Callable[..., Config], one_level_unet: Path) -> Callable[..., Config]:
+    return lambda *more: sdxl_config(*BASE, f"unet={one_level_unet}", *more)
 
 
-def wait_for(path: Path, lines: int, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, lines: int, process: Process) -> None:
     until = time.monotonic() + 300
     while time.monotonic() < until and process.poll() is None:
         if path.exists() and len(path.read_text().splitlines()) >= lines:
@@ -90,16 +90,17 @@ def test_a_kill_during_a_write_beside_the_training_leaves_the_checkpoint_before(
     assert sorted(path.name for path in (config.run_dir / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
 
 
-@pytest.mark.parametrize("engine", [[], ["engine=deepspeed", "zero_stage=2"], ["engine=deepspeed", "zero_stage=3"]])
-def test_a_rank_that_stands_still_is_named_after_rank_timeout(
-    recipe: Callable[..., Config], tmp_path: Path, engine: list[str]
-) -> None:
-    """DeepSpeed's collectives too, which it runs in a process group of its own."""
-    config = recipe("name=hangs", "steps=16", "rank_timeout=6", *engine)
-    files = ranks.recipe_files([Task(config, fault="stop")], tmp_path)
-    processes = ranks.start([ranks.__file__, *files])
-    ((code, said),) = ranks.finish(processes[:1], timeout=300)
-    processes[1].kill()
-    processes[1].communicate()
-    assert code
-    assert "rank 1 stopped answering in step 4 for 6 s (rank_timeout), rank 0 gives up" in " ".join(said.split())
+def test_a_rank_that_stands_still_is_named_after_rank_timeout(recipe: Callable[..., Config], tmp_path: Path) -> None:
+    """Under every engine: DeepSpeed's collectives too, which it runs in a process group of its own. All at once."""
+    engines = {"local": [], **{f"zero{stage}": ["engine=deepspeed", f"zero_stage={stage}"] for stage in (2, 3)}}
+    started = {}
+    for name, engine in engines.items():
+        config = recipe(f"name={name}", "steps=16", "rank_timeout=6", *engine)
+        files = ranks.recipe_files([Task(config, fault="stop")], tmp_path)
+        started[name] = ranks.start([ranks.__file__, *files])
+    for name, processes in started.items():
+        ((code, said),) = ranks.finish(processes[:1], timeout=300)
+        processes[1].kill()
+        assert code, name
+        line = "rank 1 stopped answering in step 4 for 6 s (rank_timeout), rank 0 gives up"
+        assert line in " ".join(said.split()), name

@@ -63,9 +63,9 @@ def loss_and_gradient(config: Config, step: int = 1) -> tuple[float, torch.Tenso
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_micro_batch_size_does_not_matter(sdxl_config: MakeConfig, method: str) -> None:
+def test_the_micro_batch_size_does_not_matter(sdxl_config: MakeConfig, one_level_unet: Path, method: str) -> None:
     """8, 4+4 and 2+2+2+2 are one function: 1e-9 in float64, for loss and gradient."""
-    common = [*METHODS[method], "precision=fp64", "caption_dropout=0.3"]
+    common = [*METHODS[method], f"unet={one_level_unet}", "precision=fp64", "caption_dropout=0.3"]
     loss, gradient, _ = loss_and_gradient(sdxl_config(*common))
     assert gradient.norm() > 0 and math.isfinite(loss)
     for extra in (["micro_batch_size=4"], ["micro_batch_size=2"], ["micro_batch_size=2", "accumulation=keep_graphs"]):

@@ -17,8 +17,14 @@ from safetensors.torch import load_file
 
 from fastpref.config import Config, load_config
 
-STEPS, FEW = 20, 4
-EXACT = ["precision=fp64", f"steps={STEPS}", f"checkpoint_every={STEPS // 2}"]
+STEPS, FEW = 6, 4
+
+
+def exact(steps: int) -> list[str]:
+    return ["precision=fp64", f"steps={steps}", f"checkpoint_every={steps // 2}"]
+
+
+EXACT = exact(STEPS)
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 SCORER = """
 def bright(images, prompts, t):
@@ -158,7 +164,7 @@ def alone(recipe: Callable[..., Config]) -> dict[str, Config]:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layout", ["accumulated", *LAYOUTS])
-def test_twenty_steps_are_those_of_one_process(
+def test_steps_are_those_of_one_process(
     runs: dict[str, Config], alone: dict[str, Config], method: str, layout: str
 ) -> None:
     """1×8, 1×4 accumulated, 2×4 and ZeRO 1, 2, 3: 1e-9 in float64, for every figure of every step and the weights."""
@@ -174,6 +180,21 @@ def test_twenty_steps_are_those_of_one_process(
     assert mine["step"] == one["step"] and abs(mine["value"] - one["value"]) < 1e-9
     if method != "rpo":  # which scores its batch twice where it is cut
         assert {name: summary(other)[name] for name in COUNTS} == counted
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("method", METHODS)
+def test_twenty_steps_are_those_of_one_process(folder: Path, recipe: Callable[..., Config], method: str) -> None:
+    settings = [*exact(20), *METHODS[method]]
+    made = {layout: recipe(f"twenty-{method}-{layout}", *settings, *engine) for layout, engine in LAYOUTS.items()}
+    files = ranks.recipe_files([Task(config) for config in made.values()], folder)
+    results = ranks.finish(ranks.start([ranks.__file__, *files]), timeout=900)
+    assert [code for code, _ in results] == [0, 0], results[0][1] + results[1][1]
+    alone = recipe(f"twenty-{method}-alone", *settings, "micro_batch_size=null")
+    ranks.train(alone)
+    assert len(lines(alone)) == 20
+    for layout, config in made.items():
+        assert difference(alone, config) < 1e-9, layout
 
 
 @pytest.mark.parametrize("whole", ["true", "unet"])
@@ -300,7 +321,7 @@ def test_resuming_is_exact_on_the_same_layout_and_close_on_another(
 def test_the_best_checkpoint_is_exported_from_any_layout(
     runs: dict[str, Config], alone: dict[str, Config], layout: str
 ) -> None:
-    """With its averages; after the loss of RPO's first ten steps or of its last ten."""
+    """With its averages; after the loss of RPO's first half or of its last."""
     mine, other = (config.run_dir / "best" for config in (runs[f"rpo-{layout}"], alone["rpo"]))
     left, right = (load_file(place / "pytorch_lora_weights.safetensors") for place in (mine, other))
     assert left.keys() == right.keys() and all(torch.allclose(left[n], right[n], rtol=0, atol=1e-9) for n in right)

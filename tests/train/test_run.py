@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from rich.console import Console
@@ -49,9 +50,8 @@ BAD = [
 ]
 
 
-def cli(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fastpref.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return forked.run(["-m", "fastpref.cli", *arguments])
 
 
 def recipe_file(config: Config, folder: Path) -> str:
@@ -85,11 +85,20 @@ def run_in_process(config: Config) -> Path:
     return config.run_dir
 
 
+# RPO with groups, micro-batches, dropout and EMA: everything that has state.
+SMALL = ["method=rpo", "group_size=4", "micro_batch_size=4", "steps=20", "checkpoint_every=5", "beta=500"]
+SMALL += ["caption_dropout=0.2", "ema_decay=0.9", "warmup_steps=4"]
+
+
 @pytest.fixture
 def small(sdxl_config: Callable[..., Config]) -> Callable[..., Config]:
-    """RPO with groups, micro-batches, dropout and EMA: everything that has state."""
-    base = ["method=rpo", "group_size=4", "micro_batch_size=4", "steps=20", "checkpoint_every=5", "beta=500"]
-    return lambda *more: sdxl_config(*base, "caption_dropout=0.2", "ema_decay=0.9", "warmup_steps=4", *more)
+    return lambda *more: sdxl_config(*SMALL, *more)
+
+
+@pytest.fixture(scope="module")
+def whole(sdxl_config_in: Callable[..., Callable[..., Config]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its twenty steps, uninterrupted."""
+    return run_in_process(sdxl_config_in(tmp_path_factory.mktemp("whole"))(*SMALL))
 
 
 def test_a_run_leaves_what_the_contract_says(sdxl_config: Callable[..., Config], tmp_path: Path) -> None:
@@ -129,13 +138,9 @@ def test_weights_are_exported_with_each_checkpoint_and_training_does_not_notice(
     assert same(run / "exports" / "step-000006", run) and not same(run / "exports" / "step-000004", run)
 
 
-def test_twenty_steps_equal_ten_then_kill_then_ten(small: Callable[..., Config], tmp_path: Path) -> None:
-    whole = run_in_process(small("name=whole"))
+def test_twenty_steps_equal_ten_then_kill_then_ten(small: Callable[..., Config], whole: Path, tmp_path: Path) -> None:
     config = small("name=killed")
-    with (tmp_path / "err").open("w") as err:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fastpref.cli", "train", recipe_file(config, tmp_path)], stderr=err
-        )
+    process = forked.Process(["-m", "fastpref.cli", "train", recipe_file(config, tmp_path)])
     _wait_for_line(config.run_dir / "metrics.jsonl", 11, process)
     process.kill()
     process.wait()
@@ -147,12 +152,9 @@ def test_twenty_steps_equal_ten_then_kill_then_ten(small: Callable[..., Config],
     assert counts[0] == counts[1]
 
 
-def test_sigterm_leaves_a_checkpoint_and_143(small: Callable[..., Config], tmp_path: Path) -> None:
-    whole = run_in_process(small("name=whole"))
+def test_sigterm_leaves_a_checkpoint_and_143(small: Callable[..., Config], whole: Path, tmp_path: Path) -> None:
     config = small("name=stopped", "checkpoint_every=1000")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastpref.cli", "train", recipe_file(config, tmp_path)], stderr=subprocess.DEVNULL
-    )
+    process = forked.Process(["-m", "fastpref.cli", "train", recipe_file(config, tmp_path)])
     _wait_for_line(config.run_dir / "metrics.jsonl", 3, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
@@ -162,9 +164,8 @@ def test_sigterm_leaves_a_checkpoint_and_143(small: Callable[..., Config], tmp_p
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
-    small: Callable[..., Config], capfd: pytest.CaptureFixture[str]
+    small: Callable[..., Config], whole: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    whole = run_in_process(small("name=whole"))
     run = run_in_process(small("name=cut", "steps=10"))
     file = run / "checkpoints" / "step-000010" / "state.safetensors"
     data = bytearray(file.read_bytes())
@@ -194,7 +195,7 @@ def test_start_from_published_weights(sdxl_config: Callable[..., Config], train:
     assert again[0]["err_winner"] != fresh[0]["err_winner"], "the start is not the base"
 
 
-def _wait_for_line(path: Path, count: int, process: subprocess.Popen[Any]) -> None:
+def _wait_for_line(path: Path, count: int, process: forked.Process) -> None:
     until = time.monotonic() + 300
     while time.monotonic() < until and process.poll() is None:
         if path.exists() and len(path.read_text().splitlines()) >= count:
@@ -296,5 +297,7 @@ def test_a_changed_text_encoder_makes_it_another_model(
 
 
 def test_debug_shows_the_traceback() -> None:
-    result = cli("train", "none.yaml", "--debug")
+    """In an interpreter of its own, as a user starts it."""
+    command = [sys.executable, "-m", "fastpref.cli", "train", "none.yaml", "--debug"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2 and "Traceback" in result.stderr

@@ -131,10 +131,13 @@ def test_a_phase_is_what_its_inner_phases_leave_and_idle_what_no_phase_does() ->
     assert [(row["phase"], row["ms"], row["share"]) for row in rows] == expected
 
 
-def test_profile_writes_a_trace_and_a_table_that_adds_up(sdxl_config: MakeConfig, tmp_path: Path) -> None:
+def test_profile_writes_a_trace_and_a_table_that_adds_up(
+    sdxl_config: MakeConfig, one_level_unet: Path, tmp_path: Path
+) -> None:
     from fastpref.runs import run_training
 
-    run_training(sdxl_config("method=rpo", "micro_batch_size=4", "steps=8", "profile=true", "name=profiled"))
+    common = ["method=rpo", "micro_batch_size=4", "steps=8", f"unet={one_level_unet}"]
+    run_training(sdxl_config(*common, "profile=true", "name=profiled"))
     folder = tmp_path / "runs" / "profiled" / "profile"
     with gzip.open(folder / "trace.json.gz") as stream:
         events = json.load(stream)["traceEvents"]
@@ -147,7 +150,7 @@ def test_profile_writes_a_trace_and_a_table_that_adds_up(sdxl_config: MakeConfig
     marks = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
     assert marks["fastpref step"] == 5 and marks["fastpref: reference"] == 2 * 5, "two micro batches a step"
     assert marks["fastpref: policy forward"] == 2 * marks["fastpref: reference"], "rewards first: the policy twice"
-    plain = sdxl_config("method=rpo", "micro_batch_size=4", "steps=8", "name=plain")
+    plain = sdxl_config(*common, "name=plain")
     run_training(plain)
     lines = [(tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in ("profiled", "plain")]
     assert [json.loads(line)["loss"] for line in lines[0]] == [json.loads(line)["loss"] for line in lines[1]]

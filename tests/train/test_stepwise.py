@@ -7,13 +7,12 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
@@ -346,8 +345,7 @@ def test_a_killed_run_continues_bit_for_bit(recipe: Recipe, tmp_path: Path, wher
     uninterrupted, killed = recipe("name=whole", "steps=6"), recipe("name=killed", "steps=6")
     run_training(uninterrupted)
     save_config(killed, tmp_path / "killed.yaml")
-    command = [sys.executable, "-c", KILLER.format(where=where, count=count), str(tmp_path / "killed.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = forked.run(["-c", KILLER.format(where=where, count=count), str(tmp_path / "killed.yaml")])
     assert done.returncode == -signal.SIGKILL, done.stderr
     steps = sorted(path.name for path in (killed.run_dir / "checkpoints").glob("step-*"))
     assert steps and "step-000006" not in steps
