@@ -17,6 +17,7 @@ from fastpref.errors import UserError
 from fastpref.models.attention import set_attention
 from fastpref.models.compiled import compile_unet
 from fastpref.models.half_pass import computes_in_half, set_half_pass, wide_names
+from fastpref.models.lean_unet import make_lean
 from fastpref.models.loading import DTYPES, load_unet
 from fastpref.models.masters import Masters
 from fastpref.models.recompute import set_recomputation
@@ -269,6 +270,7 @@ def _in_precision(unet: Any, config: Config) -> Any:
 def _speed_up(unet: Any, config: Config) -> None:
     if config.fused_ops:
         patch_unet(unet)
+    make_lean(unet)
     if config.compile:
         compile_unet(unet, whole=config.compile == "unet")
 

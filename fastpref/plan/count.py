@@ -111,6 +111,13 @@ def count_step(config: Config, shapes: Shapes, pairs: int, *, several: bool = Fa
     )
 
 
+def fake_policy(config: Config, settings: dict[str, Any], mode: FakeTensorMode) -> Policy:
+    """The policy that ``config`` trains, of a UNet of these ``settings``, with the fake weights of ``mode``."""
+    made = _meta_policy(config, settings, needs_reference=False)
+    with mode:
+        return _with_fake_weights(made)
+
+
 def _offline(policy: Policy, shapes: Shapes, rows: int, *, with_reference: bool) -> int:
     """As :mod:`fastpref.train.offline` treats a micro-batch; the operations of the policy's forward."""
     noisy, timesteps, conditioning = shapes.inputs(policy, rows)

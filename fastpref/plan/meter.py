@@ -81,10 +81,14 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = _FORMULAS.get(func.overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        self.total += operations_of(func, args, kwargs or {}, out)
         return out
+
+
+def operations_of(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
+    """Floating-point operations of one operator by torch's formula; 0 if it has none."""
+    formula = _FORMULAS.get(func.overloadpacket)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 
 
 def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:

@@ -44,7 +44,7 @@ def _is(module: nn.Module, library: str, name: str) -> bool:
     return type(module) is _loaded(library, name)
 
 
-def _untouched(*modules: nn.Module) -> bool:
+def untouched(*modules: nn.Module) -> bool:
     """No hook and no forward of anybody else would be missed by not calling these modules."""
     return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules)
 
@@ -62,7 +62,7 @@ def _identity_forward(self: Any, x: Tensor) -> Tensor:
 
 def _resnet_forward(self: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
     """A residual block with additive time embedding."""
-    if args or kwargs or not _untouched(self.norm1, self.norm2, self.nonlinearity):
+    if args or kwargs or not untouched(self.norm1, self.norm2, self.nonlinearity):
         return type(self).forward(self, input_tensor, temb, *args, **kwargs)
     hidden = _norm_silu_forward(self.norm1, input_tensor)
     resample = self.upsample if self.upsample is not None else self.downsample
@@ -77,7 +77,8 @@ def _resnet_forward(self: Any, input_tensor: Tensor, temb: Tensor | None, *args:
     if self.conv_shortcut is not None:
         # a channels-last gradient of a 1x1 convolution has other strides than DDP's buckets expect
         input_tensor = self.conv_shortcut(input_tensor.contiguous() if self.training else input_tensor)
-    return (input_tensor + hidden) / self.output_scale_factor
+    out = input_tensor + hidden
+    return out if self.output_scale_factor == 1.0 else out / self.output_scale_factor
 
 
 def _geglu_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -97,15 +98,15 @@ def _is_plain(layer: Any, adapter: str) -> bool:
     )
 
 
-def _fused_adapter(layer: Any, x: Tensor) -> str | None:
-    """The adapter that `lora_linear` may apply to x, if there is one."""
+def plain_adapter(layer: Any, x: Tensor) -> str | None:
+    """The adapter of a peft layer that `lora_linear` may apply to x, if there is one."""
     base = layer.base_layer
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or len(active) != 1 or not _is_plain(layer, active[0]):
         return None
     a, b = layer.lora_A[active[0]], layer.lora_B[active[0]]
     frozen = not torch.is_grad_enabled() or not any(p.requires_grad for p in base.parameters(recurse=False))
-    if not frozen or not _untouched(base, a, b):
+    if not frozen or not untouched(base, a, b):
         return None
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -114,7 +115,7 @@ def _fused_adapter(layer: Any, x: Tensor) -> str | None:
 
 
 def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    adapter = None if args or kwargs else _fused_adapter(self, x)
+    adapter = None if args or kwargs else plain_adapter(self, x)
     if adapter is None:
         return type(self).forward(self, x, *args, **kwargs)
     base, a, b = self.base_layer, self.lora_A[adapter], self.lora_B[adapter]

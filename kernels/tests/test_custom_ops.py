@@ -65,8 +65,8 @@ def unet_samples() -> dict[str, tuple]:
         "group_norm_silu_backward": (tensor(2, 6, 3, 5), x, 3, weight, bias, *saved, True),
         "geglu": (tensor(2, 3, 10, grad=True, dtype=bf16),),
         "geglu_backward": (tensor(2, 3, 5), tensor(2, 3, 10)),
-        "lora_linear": (tensor(3, 2, 6, grad=True), tensor(4, 6), tensor(4), *loras, 0.5),
-        "lora_linear[mixed]": (tensor(3, 6, dtype=bf16), tensor(4, 6, dtype=bf16), None, *loras, 0.5),
+        "lora_linear": (tensor(3, 2, 6, grad=True), tensor(4, 6), tensor(4), *loras, 0.5, False),
+        "lora_linear[mixed]": (tensor(3, 6, dtype=bf16), tensor(4, 6, dtype=bf16), None, *loras, 0.5, False),
         "lora_linear_backward": (
             tensor(3, 4),
             tensor(3, 6),
@@ -75,6 +75,7 @@ def unet_samples() -> dict[str, tuple]:
             tensor(4, 2),
             tensor(3, 2),
             0.5,
+            True,
             True,
             True,
         ),
