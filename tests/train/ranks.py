@@ -75,7 +75,8 @@ def train(config: Config, source: Path | None = None, fault: str = "") -> None:
     from fastpref.runs import _run
     from fastpref.train.world import open_world
 
-    world = open_world(config, resolve_device(config.device))
+    device = resolve_device(config.device)
+    world = open_world(config, device)
     with world.together():
         if source is not None and world.is_main:
             _cut(source, config.run_dir)
@@ -84,7 +85,7 @@ def train(config: Config, source: Path | None = None, fault: str = "") -> None:
         if fault and world.rank == world.size - 1:
             FAULTS[fault](patch)
         with world.watching():
-            _run(config, world, dry_run=False)
+            _run(config, world, device, dry_run=False)
 
 
 def _cut(source: Path, run_dir: Path) -> None:

@@ -375,5 +375,7 @@ def test_the_launchers_start_it(folder: Path, recipe: Callable[..., Config], run
     command = [*launcher, str(ranks.free_port()), "--module", "fastpref.cli", "train", file]
     result = subprocess.run([*command, f"deepspeed={folder}/zero.json"], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert [line["loss"] for line in lines(config)] == [line["loss"] for line in lines(runs["dpo-ZeRO-2"])[:3]]
+    expected = [line["loss"] for line in lines(runs["dpo-ZeRO-2"])[:3]]
+    # The launcher gives its processes another number of threads, which add up in another order.
+    assert [line["loss"] for line in lines(config)] == pytest.approx(expected, rel=1e-9)
     assert result.stdout.count("3 steps of dpo") == 1
