@@ -82,9 +82,12 @@ def run_arm(config: Config) -> dict[str, Any]:
     from fastpref.evaluate.runner import evaluate_policy
     from fastpref.models.lora_file import WEIGHTS_NAME
     from fastpref.train.job import TrainJob
+    from fastpref.train.reference import prepare_reference
     from fastpref.train.run_dir import check_run_dir, open_run_dir
 
     resuming = check_run_dir(config)
+    if config.reference == "ledger":
+        prepare_reference(config, progress=False)
     job = TrainJob.open(config, Console(stderr=True, quiet=True))
     run_dir = open_run_dir(config, resuming)
     summary = job.run(run_dir)

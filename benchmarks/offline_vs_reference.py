@@ -41,8 +41,8 @@ from fastpref.data.store import Store
 from fastpref.errors import UserError
 from fastpref.memory import peak_rss_bytes
 from fastpref.models.loading import resolve_device
-from fastpref.train.figures import MAX_LOGIT_NOISE
 from fastpref.train.offline import OfflineTrainer
+from fastpref.train.untrained import MAX_LOGIT_NOISE
 
 OUT = RESULTS / "offline_vs_reference.csv"
 # beta / 2 = 50 multiplies four fp32 means of squares of order one, each rounded by 2^-24, and the slope is 1/2: 6e-6

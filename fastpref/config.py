@@ -132,6 +132,10 @@ class Config(BaseModel):
         "auto",
         description="the adapter switched off (LoRA), a frozen copy (full), or what prepare --reference wrote",
     )
+    ledger_precision: Literal["fp32", "training"] = Field(
+        "fp32",
+        description="bf16, fp16: the ledger's arithmetic: fp32, which leaves less noise; training, the training's own",
+    )
     draws: int | None = Field(
         None, ge=1, description="different draws of noise, timestep and order; then they repeat; default: never"
     )

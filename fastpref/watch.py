@@ -14,5 +14,6 @@ class Interrupted(Exception):
 class Watch:
     """What long work says about itself, and whether it is to stop."""
 
-    note: Callable[[str], None] = lambda _: None
+    note: Callable[[str], None] = lambda _: None  # beside the progress bar, until the next one
+    line: Callable[[str], None] = lambda _: None  # to stay on the screen
     stopping: Callable[[], bool] = lambda: False

@@ -26,6 +26,7 @@ from fastpref.errors import UserError
 FORMAT_VERSION = 1
 FOLDER = "ledgers"
 FACTS = "facts.json"
+_YOUNGER = ("autocast", "ledger_precision")  # than ledgers in fp32 and fp64, which do without
 OWN_SIZES = "own"  # SDXL was told each picture's own size, or SD1.5 none
 _REMEDY = "run 'fastpref prepare --reference CONFIG'"
 _PAIRS_PER_FILE = 4096
@@ -47,11 +48,12 @@ class Facts:
     label_noise: float
     precision: str
     size_conditioning: str  # OWN_SIZES where it does not matter, as in ledgers older than the setting
-    micro_batch_size: int | None = None  # these in half precision only, where rounding has to be that of training
+    micro_batch_size: int | None = None  # these in half precision only: down to compile if rounded as in training
     attention: str | None = None
     fused_ops: bool | None = None
     compile: bool | str | None = None
     autocast: bool | None = None
+    ledger_precision: str | None = None
     format_version: int = FORMAT_VERSION
 
     @property
@@ -64,9 +66,7 @@ class Facts:
         facts = asdict(self)
         if self.size_conditioning == OWN_SIZES:
             del facts["size_conditioning"]
-        if self.autocast is None:
-            del facts["autocast"]
-        return facts
+        return {key: value for key, value in facts.items() if value is not None or key not in _YOUNGER}
 
 
 class Part(NamedTuple):

@@ -217,8 +217,13 @@ def load_policy(config: Config, model_dir: Path, device: torch.device, *, needs_
 
     Frozen weights are in ``config.precision``; masters of trained ones in fp32 (fp64 for fp64, bf16 for ``pure_bf16``).
     """
-    frozen = DTYPES[config.precision] if config.train == "lora" else master_dtype(config)
-    return make_policy(load_unet(model_dir, frozen, config.unet), config, device, needs_reference=needs_reference)
+    unet = load_unet(model_dir, _read_dtype(config), config.unet)
+    return make_policy(unet, config, device, needs_reference=needs_reference)
+
+
+def _read_dtype(config: Config) -> torch.dtype:
+    """In which the UNet's weights are read; what they become later starts from that."""
+    return DTYPES[config.precision] if config.train == "lora" else master_dtype(config)
 
 
 def master_dtype(config: Config) -> torch.dtype:
@@ -251,7 +256,7 @@ def load_reference(config: Config, model_dir: Path, device: torch.device) -> Pol
     """The reference alone: nothing is trained, only :meth:`Policy.predict_reference` is of use."""
     if config.init_lora is not None:
         return load_policy(config.model_copy(update={"reference": "adapter"}), model_dir, device, needs_reference=True)
-    unet = load_unet(model_dir, DTYPES[config.precision], config.unet).requires_grad_(False)
+    unet = load_unet(model_dir, _read_dtype(config), config.unet).requires_grad_(False)
     unet = _in_precision(unet, config).to(device).eval()
     set_attention(unet, config.attention, device, DTYPES[config.precision])
     _speed_up(unet, config)
@@ -278,10 +283,11 @@ def _speed_up(unet: Any, config: Config) -> None:
 def _add_lora(unet: Any, config: Config, dtype: torch.dtype) -> None:
     from peft import LoraConfig
 
+    given: dict[str, torch.Tensor] = {}
     if config.init_lora is not None:
         from fastpref.models.lora_file import load_adapter
 
-        load_adapter(unet, Path(config.init_lora), POLICY_ADAPTER)
+        given = load_adapter(unet, Path(config.init_lora), POLICY_ADAPTER).state
         if config.reference != "ledger":
             with warnings.catch_warnings():  # peft warns of the second adapter, which is meant
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -301,7 +307,9 @@ def _add_lora(unet: Any, config: Config, dtype: torch.dtype) -> None:
     for name, parameter in unet.named_parameters():
         if ".lora_" in name:
             parameter.requires_grad_(f".{POLICY_ADAPTER}." in name)
-            parameter.data = parameter.data.to(dtype)
+            key = name.replace(f".{POLICY_ADAPTER}.", ".").replace(f".{REFERENCE_ADAPTER}.", ".")
+            # peft rounds what it loads to the UNet's dtype
+            parameter.data = given[key].to(unet.device, dtype, copy=True) if given else parameter.data.to(dtype)
 
 
 def check_lora_targets(unet: torch.nn.Module, targets: list[str]) -> None:

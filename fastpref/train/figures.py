@@ -6,10 +6,7 @@ from typing import Any
 
 import torch
 
-from fastpref.errors import UserError
 from fastpref.objectives import PairRewards
-
-MAX_LOGIT_NOISE = 0.05
 
 
 class Arriving:
@@ -64,20 +61,3 @@ def step_metrics(step: int, found: dict[str, float | None], rate: float) -> dict
     if "effective_contrasts" in found:
         metrics["effective_contrasts"] = found["effective_contrasts"]
     return metrics
-
-
-def check_untrained(rewards: PairRewards, beta: float) -> None:
-    """Before the first update the policy is the reference, so rewards by a ledger's errors are what these are off by.
-
-    Raises:
-        UserError: that moves the logits β/2·Δreward by more than rounding may.
-    """
-    assert rewards.reward_l is not None
-    logits = (rewards.reward_w - rewards.reward_l).double() * (beta / 2)
-    noise = float(logits.square().mean().sqrt())
-    if noise > MAX_LOGIT_NOISE:
-        raise UserError(
-            f"the ledger's errors are not this model's: {noise:.2g} in the logit, at most {MAX_LOGIT_NOISE}",
-            "reference",
-            "prepare the ledger on the kind of device that trains, or use precision=fp32 or a smaller beta",
-        )

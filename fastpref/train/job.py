@@ -156,7 +156,11 @@ class TrainJob:
             wait = "compiling, which takes a while" if config.compile else ""
             task = bar.add_task(f"train {config.method}", total=config.steps, completed=start, note=wait)
             alone = self.world.size == 1  # ranks stop together, between two steps
-            watch = Watch(lambda note: bar.update(task, note=note), lambda: alone and stop.signal is not None)
+            watch = Watch(
+                note=lambda note: bar.update(task, note=note),
+                line=lambda line: self.console.print(line, markup=False, soft_wrap=True),
+                stopping=lambda: alone and stop.signal is not None,
+            )
             trainer.begin(run_dir, watch)
             for step in range(start, config.steps):
                 self.world.beat(step)

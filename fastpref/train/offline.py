@@ -11,7 +11,7 @@ simply kept; with several, ``accumulation`` says whether the rewards come first 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,14 +27,16 @@ from fastpref.models.policy import Conditioning, Policy, load_policy
 from fastpref.objectives import Objective, PairRewards, Solution, build_objective
 from fastpref.train.batch import BatchBuilder, PairBatch
 from fastpref.train.engine import Engine, open_engine
-from fastpref.train.figures import Arriving, check_untrained, step_figures, step_metrics
+from fastpref.train.figures import Arriving, step_figures, step_metrics
 from fastpref.train.inputs import check_unet, open_sampler, open_schedule, open_store
 from fastpref.train.loader import Loaded, Loader
 from fastpref.train.optim import learning_rate_at
 from fastpref.train.profile import phase
-from fastpref.train.reference import open_ledger
+from fastpref.train.reference import in_half_precision, open_ledger
 from fastpref.train.trainer import PolicyTrainer
+from fastpref.train.untrained import check_untrained, micro_batches_to_ask, rounding_apart
 from fastpref.train.world import World
+from fastpref.watch import Watch
 from fastpref_kernels import implicit_reward, implicit_reward_parts
 
 
@@ -88,6 +90,10 @@ class OfflineTrainer(PolicyTrainer):
     engine: Engine
     skipped: int = 0
     ledger: Ledger | None = None
+    watch: Watch = field(default_factory=Watch)
+
+    def begin(self, run_dir: Path, watch: Watch) -> None:
+        self.watch = watch
 
     def describe(self) -> str:
         return f"{len(self.batches.store)} pairs"
@@ -106,7 +112,7 @@ class OfflineTrainer(PolicyTrainer):
             self.engine.begin(step, rate)
             outcome = self._coupled(step) if self.objective.couples_pairs else self._separate(step)
             if step == 0 and self.ledger is not None:
-                check_untrained(outcome.rewards, self.config.beta)
+                self.watch.line(check_untrained(outcome.rewards, self.config.beta, self._rounding_apart()))
             with phase("optimizer"):
                 norm = self.engine.launch(rate, outcome.loss)
             with phase("logging"):
@@ -153,6 +159,16 @@ class OfflineTrainer(PolicyTrainer):
                 part = self._score(batch, part.ref_error, graph=True)
             self._backward(part, _slice(solution, self._micro[number]))
         return _Outcome(solution.loss.double(), rewards, solution.effective_contrasts)
+
+    def _rounding_apart(self) -> torch.Tensor | None:
+        """See :func:`rounding_apart`, of the first batch on all ranks; None where nothing is rounded to 16 bits."""
+        if not in_half_precision(self.config):
+            return None
+        asked, repeats = micro_batches_to_ask(self.config.micro_batch * self.engine.world.size, len(self._micro))
+        plan = self.sampler.batch(0)
+        batches = (self.batches.build(plan, rows) for rows in self._micro[:asked])
+        found = [rounding_apart(self.policy, batch, repeats) for batch in batches]
+        return self.engine.world.gather(torch.cat(found, dim=1))
 
     @cached_property
     def _micro(self) -> list[slice]:

@@ -1,9 +1,9 @@
 """``fastpref prepare --reference``: the reference ledger of a recipe, and how training opens it.
 
-In fp32 the forwards are as large as ``prepare_batch_size``. In half precision they have the shape of training's own,
-``micro_batch_size`` pairs: another batch shape may round otherwise, and only equal rounding on both sides leaves the
-logit ``β/2·Δreward`` free of it (benchmarks/ledger_noise.py). Training checks it in its first step, where the policy
-still is the reference.
+It is computed in fp32, in forwards of ``prepare_batch_size`` pairs, for half-precision training too, of the weights as
+they are there: then the logit ``β/2·Δreward`` has the noise of the policy's rounding alone, where a reference that is
+rounded adds its own as soon as the LoRA has left zero (benchmarks/ledger_noise.py). With ``ledger_precision: training``
+it is the pass of the training itself, ``micro_batch_size`` pairs a forward, whose roundings cancel until then.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fastpref.data.sampling import BatchPlan, Sampler
 from fastpref.data.store import Store
 from fastpref.data.workspace import Ranks
 from fastpref.errors import UserError
+from fastpref.models.fp32_reference import Fp32Reference
 from fastpref.models.loading import model_dir_of, unet_fingerprint
 from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.policy import Policy, autocasts, load_reference
@@ -51,7 +52,7 @@ def open_ledger(config: Config, model_dir: Path, store: Store, sampler: Sampler,
 def ledger_of(config: Config, model_dir: Path, store: Store, sampler: Sampler, schedule: NoiseSchedule) -> Ledger:
     """The recipe's ledger, whatever of it is there."""
     own = ("seed", "batch_size", "sampling", "timestep_range", "caption_dropout", "label_noise", "precision")
-    rounding = ("attention", "fused_ops", "compile") if in_half_precision(config) else ()
+    half, rounded = in_half_precision(config), rounds_as_training(config)
     noise_levels = schedule.alphas_cumprod.numpy().tobytes() + schedule.prediction_type.encode()
     facts = Facts(
         reference=unet_fingerprint(model_dir, config.unet, config.init_lora),
@@ -59,9 +60,10 @@ def ledger_of(config: Config, model_dir: Path, store: Store, sampler: Sampler, s
         schedule=hashlib.sha256(noise_levels).hexdigest(),
         group_size=config.group,
         size_conditioning=sizes_told(config, store),
-        micro_batch_size=config.micro_batch if in_half_precision(config) else None,
-        autocast=autocasts(config) if in_half_precision(config) else None,
-        **{name: getattr(config, name) for name in (*own, *rounding)},
+        micro_batch_size=config.micro_batch if rounded else None,
+        autocast=autocasts(config) if half else None,
+        ledger_precision=config.ledger_precision if half else None,
+        **{name: getattr(config, name) for name in (*own, *(("attention", "fused_ops", "compile") if rounded else ()))},
     )
     return Ledger(store.path, facts, sampler.batches_per_epoch)
 
@@ -87,9 +89,21 @@ def in_half_precision(config: Config) -> bool:
     return config.precision in ("bf16", "fp16")
 
 
+def rounds_as_training(config: Config) -> bool:
+    """Whether the ledger is rounded to 16 bits, in the very pass of the training."""
+    return in_half_precision(config) and config.ledger_precision == "training"
+
+
 def steps_to_look_up(config: Config, sampler: Sampler) -> int:
     """Optimizer steps whose draws differ."""
     return min(config.steps, (config.draws or config.steps) * sampler.batches_per_epoch)
+
+
+def open_reference(config: Config, model_dir: Path, device: torch.device) -> Policy:
+    """The model that computes the recipe's ledger."""
+    if in_half_precision(config) and not rounds_as_training(config):
+        return Fp32Reference(config, model_dir, device)
+    return load_reference(config, model_dir, device)
 
 
 @dataclass(frozen=True)
@@ -130,7 +144,7 @@ def prepare_reference(config: Config, *, dry_run: bool = False, progress: bool =
     todo = [part for part in wanted if not (ledger.path / part.file).is_file()]
     rows = sum(2 * len(part.steps) * config.batch_size for part in todo)
     if todo and not dry_run:
-        writer = _Writer(config, load_reference(config, model_dir, device), sampler, store, schedule)
+        writer = _Writer(config, open_reference(config, model_dir, device), sampler, store, schedule)
         writer.write(ledger, todo, progress and ranks.rank == 0)
     draws, seconds = -(-steps // sampler.batches_per_epoch), time.perf_counter() - started
     return LedgerSummary(ledger.path, steps, draws, rows, len(wanted) - len(todo), seconds, dry_run)
@@ -154,7 +168,7 @@ class _Writer:
         reference.share_prompts()
         self.config, self.reference, self.sampler, self.store = config, reference, sampler, store
         self.builder = BatchBuilder(store, schedule, config, reference.device, with_losers=True)
-        self.pairs_per_call = config.micro_batch if in_half_precision(config) else config.prepare_batch_size
+        self.pairs_per_call = config.micro_batch if rounds_as_training(config) else config.prepare_batch_size
 
     def write(self, ledger: Ledger, parts: list[Part], progress: bool) -> None:
         """Write the parts, one file each."""

@@ -48,9 +48,11 @@ def test_offline_sides_and_bare_passes(tmp_path: Path, waited: list[str]) -> Non
     literal = offline.literal_of(worlds.config_of(settings, "method=rpo"))
     found = offline.losses(worlds.trainer_of(settings, "method=rpo"), literal, 2)
     assert offline.check_same(found) < offline.LOSS_TOLERANCE
-    with mock.patch.object(ledger_noise, "DRAWN", trainer.config.batch_size):
-        own, alone = (ledger_noise.errors(trainer, pairs, 1, policy=False) for pairs in (8, 1))
-    assert ledger_noise.noise(own, alone, 1.0) < 1e-5  # of errors near 1, by the roundings of another batch shape
+    rows = ledger_noise.measure(settings, draws=1, until=(0, 1))
+    assert {(row["steps"], row["reference"]) for row in rows[1:]} == {
+        (steps, name) for steps in (0, 1) for name in (ledger_noise.OFF, *ledger_noise.LEDGERS)
+    }
+    assert float(rows[1]["noise_2000"]) == 0 < float(rows[0]["noise_2000"])
 
 
 def test_a_round_of_spo_and_its_parts(tmp_path: Path, waited: list[str]) -> None:

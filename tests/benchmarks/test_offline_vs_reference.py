@@ -159,7 +159,7 @@ def test_in_bf16_with_checkpointing_losses_agree_to_rounding(settings: list[str]
         "batch_size=1",
         "micro_batch_size=1",
     ]
-    trainer = worlds.trainer_of(half, "method=dpo", "reference=ledger")
+    trainer = worlds.trainer_of(half, "method=dpo", "reference=ledger", "ledger_precision=training")
     literal = bench.literal_of(worlds.config_of(half, "method=dpo"))
     bench.hold_once([literal.unet, trainer.policy.unet])
     weights = [dict(model.named_parameters()) for model in (literal.unet, trainer.policy.unet)]

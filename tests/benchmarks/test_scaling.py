@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import ledger_noise  # noqa: E402
+import numerics  # noqa: E402
+import precision_arms  # noqa: E402
 import scaling  # noqa: E402
 import scaling_ranks as ranks  # noqa: E402
 import worlds  # noqa: E402
@@ -59,15 +62,35 @@ def test_arms_and_the_bars_of_the_store() -> None:
     assert "feeds 9 times what is trained (at least 10: missed)" in scaling.table([fed])
 
 
-def test_a_ledgers_noise_by_hand(tmp_path: Path) -> None:
-    """An offset that winner and loser share cancels; errors apart by 0.01 move the logit by β/2 times that."""
-    training = torch.zeros(2, 3, dtype=torch.float64)
-    assert ledger_noise.noise(training, training + 0.7, 500) == 0.0
-    assert ledger_noise.noise(training, training + torch.tensor([[0.01], [0.0]]), 500) == pytest.approx(2.5)
+def test_logit_and_gradient_by_hand(tmp_path: Path) -> None:
+    """An offset that winner and loser share cancels, errors apart by 0.01 move the logit by β/2 times that; DPO's slope
+    at a logit of 0 is β/4 over the pairs."""
+    errors, reference = torch.zeros(2, 3, dtype=torch.float64), torch.full((2, 3), 0.7, dtype=torch.float64)
+    assert precision_arms.logit(errors, reference, 500).tolist() == [0, 0, 0]
+    reference[0] += 0.01
+    assert precision_arms.logit(errors, reference, 500).tolist() == pytest.approx([2.5] * 3)
+    weight = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+    trainer = SimpleNamespace(policy=SimpleNamespace(masters=SimpleNamespace(copies={"w": weight})))
+    slope = precision_arms.gradient(trainer, weight * torch.tensor([[2.0], [1.0]]), torch.tensor([[2.0], [1.0]]), 500)
+    assert slope.tolist() == [125.0]
     rows = [
-        {"model": "emoji", "precision": "bf16", "ledger": "8 pairs a forward", "beta": str(beta), "noise": "0"}
-        for beta in ledger_noise.BETAS
+        {"model": "emoji", "steps": steps, "reference": name}
+        | {f"{figure}_{beta}": "0.25" for figure in ("logit", "noise", "angle") for beta in ledger_noise.BETAS}
+        for steps in ledger_noise.STEPS
+        for name in (ledger_noise.OFF, *ledger_noise.LEDGERS)
     ]
-    assert "| emoji | bf16 | 8 pairs a forward, as in training | 0 | 0 | 0 | 0 |" in ledger_noise.table(rows)
+    assert "| emoji | 10 | 0.25 | ledger, fp32 | 0.25 | 0.25 | 0.25 |" in ledger_noise.table(rows)
     ledger_noise.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_way_of_half_precision_is_another(tmp_path: Path) -> None:
+    """On a small model: fp32 is nearest to fp64, then come rounded weights, bf16 with the fp32 parts, bf16 without."""
+    rows = numerics.measure(worlds.open_world("random", tmp_path, ["device=cpu"], pairs=16), draws=2, steps=2)
+    found = {row["arm"]: float(row["prediction"]) for row in rows}
+    assert len({*found.values()}) >= len(numerics.ARMS) - 1  # on a CPU autocast is the pass without fp32 parts
+    assert found["fp32"] < found[precision_arms.ROUNDED] < found[precision_arms.ONE_DTYPE] < found["no fp32 islands"]
+    (about,) = [row | {"model": "random"} for row in rows if row["arm"] == "conv_in"]
+    assert "| random | bf16, in fp32 only: conv_in | " in numerics.table([about])
+    numerics.plot([about], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -32,7 +32,7 @@ def _module(name: str) -> ModuleType:
     return module
 
 
-full_size, memory, ranks = (_module(f"test_{name}") for name in ("full_size", "memory", "ranks"))
+full_size, ledger, memory, ranks = (_module(f"test_{name}") for name in ("full_size", "ledger", "memory", "ranks"))
 RECIPES = {f"memory {name}": [*memory.BASE, *more] for name, more in memory.RECIPES.items()}
 RECIPES |= {f"ranks {name}": [*ranks.BASE, *more, "device=cpu"] for name, more in ranks.METHODS.items()}
 
@@ -76,3 +76,10 @@ def test_every_mode_of_recomputation_on_the_stand_in(sdxl_config: MakeConfig) ->
     with StandInGpu():
         found = full_size.peaks_by_mode(sdxl_config("method=rpo", "batch_size=2", "device=cuda", "cuda_graphs=false"))
     assert [*found] == ["full", "selective", "none"]
+
+
+def test_the_probe_of_the_ledger_on_the_stand_in(capsys: pytest.CaptureFixture[str]) -> None:
+    """On which every forward is repeatable and most changes change nothing."""
+    tiny = {"block_out_channels": (32, 64), "transformer_layers_per_block": (1, 1), "attention_head_dim": (1, 2)}
+    with StandInGpu():
+        ledger.check_causes(capsys, {**tiny, "layers_per_block": 1}, rows=4, side=8)

@@ -37,6 +37,7 @@ METHODS = {
     "dpo, all recomputed": ["method=dpo", "gradient_checkpointing=full", "attention=sliced"],
     "rpo, a copy as reference": ["method=rpo", "micro_batch_size=2", "train=full", "reference=copy"],
     "rpo, ledger": ["method=rpo", "reference=ledger", "max_grad_norm=null"],
+    "dpo, ledger, bf16": ["method=dpo", "reference=ledger", "micro_batch_size=2", "precision=bf16"],
     "adafactor": ["method=dpo", "train=full", "optimizer=adafactor"],
     "step in backward": [*FULL, "ema_decay=0.9"],
     "pure bf16, adamw8bit": [*FULL, "pure_bf16=true", "precision=bf16", "optimizer=adamw8bit"],

@@ -89,15 +89,6 @@ def test_a_lora_that_starts_from_a_file_needs_no_second_adapter(sdxl_config: Mak
     assert 2 * adapters[0] == adapters[1]
 
 
-def test_bf16_in_the_shape_of_training_leaves_no_noise(sdxl_config: MakeConfig) -> None:
-    config = sdxl_config("method=dpo", "precision=bf16", "micro_batch_size=2", "steps=1", "reference=ledger")
-    rows_of(config)
-    metrics = TrainJob.open(config).trainer.step(0)
-    assert metrics["margin"] == 0 and metrics["reward_winner"] == 0
-    with pytest.raises(UserError, match="micro_batch_size 2, here 4"):
-        TrainJob.open(config.model_copy(update={"micro_batch_size": 4}))
-
-
 def test_a_ledger_of_other_numbers_is_found_in_the_first_step(sdxl_config: MakeConfig, tmp_path: Path) -> None:
     config = sdxl_config("method=dpo", "steps=2", "reference=ledger")
     rows_of(config)
