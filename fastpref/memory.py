@@ -59,10 +59,16 @@ def peak_device_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
+def pinned(values: torch.Tensor) -> torch.Tensor:
+    """A tensor of the CPU in pinned memory, contiguous: torch cannot pin what :meth:`torch.Tensor.expand` gave, and
+    would upload strided values by way of pageable memory."""
+    return values.contiguous().pin_memory()
+
+
 def moved(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on ``device``; from the CPU to a GPU by way of pinned memory, so that nobody waits for the copy."""
     if device.type == "cuda" and values.device.type == "cpu":
-        values = values.pin_memory()
+        values = pinned(values)
     return values.to(device, non_blocking=True)
 
 

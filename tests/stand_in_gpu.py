@@ -2,7 +2,9 @@
 
 What a GPU would refuse raises (:class:`MixedDevices`): tensors of two devices in one op, but for a CPU scalar in
 pointwise arithmetic and an upload; a generator of the other device. What would make the host wait for a GPU is counted
-(:attr:`StandInGpu.waits`): values read into Python, sizes that depend on values, copies that do not return at once.
+(:attr:`StandInGpu.waits`): values read into Python, sizes that depend on values, and copies, but for those that are
+``non_blocking`` and have pinned memory on the CPU's side: pageable memory the driver copies to its own first, and the
+host waits for that.
 torch's own FakeTensorMode does neither here: it stacks scalars of two devices, has no values to go on with, and a CPU
 build of torch aborts when it builds a graph of its cuda tensors.
 """
@@ -22,6 +24,7 @@ import torch
 from stand_in_graphs import Graph, Pool, Recording
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 import fastpref
 import fastpref_kernels
@@ -36,6 +39,7 @@ _READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", 
 _COPIES = ("_to_copy", "copy_", "_foreach_copy_")
 _INDEXED = ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_")
 _FOREACH_SCALARS = ("_foreach_add_", "_foreach_mul_", "_foreach_div_")
+_PAGE_LOCKED: Any = WeakIdKeyDictionary()  # storages on the CPU
 
 
 class MixedDevices(RuntimeError):
@@ -204,7 +208,7 @@ class StandInGpu(TorchDispatchMode):
             "to": _indexed(torch.Tensor.to),
             "record_stream": lambda *_: None,
             "pin_memory": _pinned,
-            "is_pinned": lambda tensor, *_: hasattr(tensor, "stand_in_pinned"),
+            "is_pinned": lambda tensor, *_: _is_pinned(tensor),
         }
         for name, value in methods.items():  # other threads, where the mode is off, pin too
             stack.enter_context(mock.patch.object(torch.Tensor, name, value))
@@ -239,6 +243,7 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str])
         return 0  # the composite of plain ops: the fused ones differ by device
     if target is not None and there:
         kwargs["device"] = CPU
+    page_locked = kwargs.get("pin_memory") and not there
     if "pin_memory" in kwargs:
         kwargs["pin_memory"] = False
     inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
@@ -253,6 +258,8 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str])
         found = found.clone()
     if recorder is not None:
         recorder.note(func, inner_args, inner_kwargs, found)
+    if page_locked or (name == "_to_copy" and wrappers and not there and kwargs.get("non_blocking")):
+        _PAGE_LOCKED[found.untyped_storage()] = None  # torch downloads to page-locked memory then
 
     def outer(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -325,10 +332,22 @@ def _count_wait(
         waits[f"{name} by a mask, {_place()}"] += 1
     elif name in _INDEXED and devices == {True, False}:
         waits[f"{name} with indices of the CPU, {_place()}"] += 1
-    elif name == "_to_copy" and given and on_gpu(given[0]) != there and not kwargs.get("non_blocking"):
-        waits[f"{'upload' if there else 'download'}, {_place()}"] += 1
-    elif name == "copy_" and devices == {True, False} and not (kwargs.get("non_blocking") or args[2:3] == (True,)):
-        waits[f"{'upload' if on_gpu(args[0]) else 'download'}, {_place()}"] += 1
+    elif name == "_to_copy" and given and on_gpu(given[0]) != there:
+        _count_copy(given[0] if there else None, there, bool(kwargs.get("non_blocking")), waits)
+    elif name in ("copy_", "_foreach_copy_") and devices == {True, False}:
+        unblocked = bool(kwargs.get("non_blocking") or args[2:3] == (True,))
+        for to, source in zip(*(x if isinstance(x, list | tuple) else [x] for x in args[:2]), strict=True):
+            if on_gpu(to) != on_gpu(source):
+                _count_copy(source if on_gpu(to) else to, on_gpu(to), unblocked, waits)
+
+
+def _count_copy(here: torch.Tensor | None, up: bool, unblocked: bool, waits: Counter[str]) -> None:
+    """``here``: the side on the CPU, None for one that torch makes. What is not contiguous torch makes so first, in
+    pageable memory."""
+    free = unblocked and (here is None or (_is_pinned(here) and here.is_contiguous()))
+    if not free:
+        pageable = " of pageable memory" if unblocked else ""
+        waits[f"{'upload' if up else 'download'}{pageable}, {_place()}"] += 1
 
 
 def _place() -> str:
@@ -347,9 +366,16 @@ def _indexed(to: Any) -> Any:
     return lambda *args, **kwargs: to(*map(chosen, args), **{key: chosen(value) for key, value in kwargs.items()})
 
 
+def _is_pinned(tensor: torch.Tensor) -> bool:
+    return not isinstance(tensor, GpuTensor) and tensor.untyped_storage() in _PAGE_LOCKED
+
+
 def _pinned(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
     if isinstance(tensor, GpuTensor):
         raise MixedDevices("only tensors of the CPU can be pinned")
-    made = tensor.clone()
-    made.stand_in_pinned = True  # type: ignore[attr-defined]
+    if _is_pinned(tensor):
+        return tensor
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    made.copy_(tensor)  # raises for an expanded one, as torch's own does
+    _PAGE_LOCKED[made.untyped_storage()] = None
     return made

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -53,10 +54,14 @@ class PromptBook:
         return empty_conditioning(self._model_dir, known.prompt_embeds, known.pooled_prompt_embeds)
 
     def _learn(self, prompts: list[str]) -> None:
-        for prompt in prompts:
-            embeds, pooled = self.texts.encode([prompt])
-            self.work.text_forwards += self.texts.blocks
-            self._known[prompt] = embeds[0].cpu(), None if pooled is None else pooled[0].cpu()
+        if not prompts:
+            return
+        encoded = [self.texts.encode([prompt]) for prompt in prompts]
+        self.work.text_forwards += self.texts.blocks * len(prompts)
+        embeds = torch.cat([rows for rows, _ in encoded]).cpu()  # the device is waited for once, not prompt by prompt
+        found = [rows for _, rows in encoded if rows is not None]
+        pooled: Iterable[torch.Tensor | None] = torch.cat(found).cpu() if found else repeat(None, len(prompts))
+        self._known.update(zip(prompts, zip(embeds, pooled, strict=True), strict=True))
 
 
 def prompt_id(prompt: str) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastpref.errors import UserError
+from fastpref.memory import moved
 from fastpref.models.loading import open_part
 from fastpref.models.weights import weights_of
 
@@ -48,14 +49,14 @@ class ClipEncoder:
         """Captions to ``(n, E)`` unit fp32 rows."""
         length = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
         tokens = self.tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+        ids, mask = moved(tokens.input_ids, self.device), moved(tokens.attention_mask, self.device)
         output = self.model.text_model(input_ids=ids, attention_mask=mask)
         return _unit(self.model.text_projection(output.pooler_output))
 
     @torch.no_grad()
     def images(self, images: list[Image]) -> torch.Tensor:
         """RGB pictures of any size to ``(n, E)`` unit fp32 rows."""
-        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.device)
+        pixels = moved(self.processor(images=images, return_tensors="pt")["pixel_values"], self.device)
         output = self.model.vision_model(pixel_values=pixels)
         return _unit(self.model.visual_projection(output.pooler_output))
 

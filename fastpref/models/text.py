@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from fastpref.errors import UserError
+from fastpref.memory import moved
 from fastpref.models.caption_length import BLOCKS
 from fastpref.models.loading import Family, model_family, open_part, read_part_json
 from fastpref.models.weights import weights_of
@@ -97,7 +98,7 @@ class TextStack:
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
             length = _length(tokenizer, encoder.config.max_position_embeddings)
             ids = BlockTokenizer(tokenizer, length, self.blocks).token_ids(captions)
-            output = encoder(ids.flatten(0, 1).to(self.device), output_hidden_states=self.family == "sdxl")
+            output = encoder(moved(ids.flatten(0, 1), self.device), output_hidden_states=self.family == "sdxl")
             if self.family == "sdxl":
                 states, pooled = output.hidden_states[-2], output[0][:: self.blocks]
             else:

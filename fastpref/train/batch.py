@@ -21,6 +21,7 @@ import torch
 from fastpref.config import Config
 from fastpref.data.sampling import BatchPlan
 from fastpref.data.store import ClipBatch, Store, StoreBatch
+from fastpref.memory import moved, pinned
 from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.policy import Conditioning
 from fastpref.models.time_ids import target_time_ids
@@ -106,11 +107,11 @@ class BatchBuilder:
 
     def moved(self, values: torch.Tensor) -> torch.Tensor:
         """On the device, numbers in the working precision."""
-        dtype = self.dtype if values.is_floating_point() else values.dtype
-        return values.to(self.device, dtype, non_blocking=True)
+        there = moved(values, self.device)
+        return there.to(self.dtype) if values.is_floating_point() else there
 
     def _pin(self, values: torch.Tensor) -> torch.Tensor:
-        return values.pin_memory() if self.device.type == "cuda" else values
+        return pinned(values) if self.device.type == "cuda" else values
 
     def _keys(self, plan: BatchPlan, ids: torch.Tensor, purpose: str, draw: int = 0) -> torch.Tensor:
         return derive_keys(self.config.seed, plan.epoch, ids, draw, purpose)

@@ -112,7 +112,8 @@ def _open_latent(config: Config, model_dir: Path, device: torch.device, world: W
     check_unet(model.unet, store, config)
     tokenizer = load_block_tokenizers(model_dir, config.max_caption_tokens)[0].tokenizer
     batches = BatchBuilder(store, schedule, config, device, with_losers=True)
-    empty, engine = Conditioning(prompt, pooled), open_engine(model, config, world)
+    empty = Conditioning(batches.empty_prompt_embeds, batches.empty_pooled)
+    engine = open_engine(model, config, world)
     return LatentRewardTrainer(config, sampler, batches, engine, Work(), model, facts, empty, tokenizer)
 
 

@@ -20,6 +20,7 @@ from fastpref.runs import run_training
 from fastpref.train.checkpoint import load_checkpoint
 from fastpref.train.job import TrainJob
 from fastpref.train.reference import prepare_reference
+from fastpref.train.stepwise import StepwiseTrainer
 from fastpref.watch import Watch
 
 Recipe = Callable[..., Config]
@@ -108,6 +109,24 @@ def test_a_run_on_a_gpu_from_checkpoint_to_pictures(recipe: Recipe, name: str) -
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+@pytest.mark.parametrize("name", ["spo", "lpo"])
+def test_a_round_waits_for_the_gpu_once_it_is_rolled_out(recipe: Recipe, tmp_path: Path, name: str) -> None:
+    """Between its first and its last UNet call, with the scoring that is launched there, the host is never kept."""
+    settings = [*METHODS[name], "steps=2"]
+    if name == "lpo":
+        TrainJob.open(recipe(*METHODS["lrm"])).trainer.export(tmp_path)
+        settings.append(f"scorer={tmp_path / 'latent_reward_model'}")
+    seen: list[int] = []
+    with StandInGpu() as gpu:
+        trainer = TrainJob.open(recipe(*settings, "device=cuda")).trainer
+        assert isinstance(trainer, StepwiseTrainer)
+        trainer.begin(tmp_path, Watch())
+        predict = trainer.policy.predict
+        trainer.policy.predict = lambda *rows: (seen.append(gpu.waits.total()), predict(*rows))[1]  # type: ignore
+        trainer._collect(0)
+    assert len(seen) > 1 and len(set(seen)) == 1, gpu.waits
+
+
 def test_a_store_prepared_on_a_gpu_is_that_of_the_cpu(
     sdxl: Path, clip: Path, few_records: Path, sdxl_store: Path, tmp_path: Path
 ) -> None:
@@ -145,8 +164,24 @@ def test_the_stand_in_refuses_what_a_gpu_refuses_and_counts_what_it_waits_for() 
         for wait in waits:
             wait()
         assert gpu.waits.total() == len(waits)
-        here.pin_memory().to(CUDA, non_blocking=True), there.to("cpu", non_blocking=True)
+        pinned, table = here.pin_memory(), torch.ones(2, 3).pin_memory()
+        assert pinned.is_pinned() and pinned[1:].is_pinned() and pinned.pin_memory() is pinned and not here.is_pinned()
+        (
+            pinned.to(CUDA, non_blocking=True),
+            there.copy_(pinned, non_blocking=True),
+            table[1:].to(CUDA, non_blocking=True),
+        )
+        with pytest.raises(RuntimeError, match="single memory location"):
+            here[:1].expand(2).pin_memory()
+        arrived = there.to("cpu", non_blocking=True)
+        arrived.copy_(there, non_blocking=True)
         assert gpu.waits.total() == len(waits)
+        pageable = [lambda: here.to(CUDA, non_blocking=True), lambda: here.copy_(there, non_blocking=True)]
+        pageable += [lambda: there.copy_(here, non_blocking=True), lambda: table.T.to(CUDA, non_blocking=True)]
+        pageable += [lambda: torch._foreach_copy_([there, there], [here, pinned], non_blocking=True)]
+        for copy in pageable:
+            copy()
+        assert gpu.waits.total() == len(waits) + len(pageable)
         weight = torch.nn.Parameter(there)
         with torch.autocast("cuda", torch.bfloat16):
             assert (weight[None] @ weight[:, None]).dtype == torch.bfloat16
