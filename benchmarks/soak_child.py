@@ -27,7 +27,7 @@ PHASES = {
         "fastpref.train.loader:Loader.take",
         "fastpref.train.batch:BatchBuilder.build",
     ),
-    "forward": ("fastpref.models.policy:Policy.predict",),
+    "forward": ("fastpref.models.policy:Policy.forward_pass",),
     "backward": (
         "fastpref.train.engine:LocalEngine.backward",
         "fastpref.train.deepspeed_engine:ShardedEngine.backward",

@@ -180,8 +180,8 @@ def watched(trainer: Any, clock: Clock) -> Iterator[None]:
         return "policy forward" if torch.is_grad_enabled() else "UNet of the rollout"
 
     parts: list[tuple[Any, str, Any, Any]] = [
-        (trainer.policy, "predict", unet, length),
-        (trainer.policy, "predict_reference", "reference forward", length),
+        (trainer.policy, "forward_pass", unet, length),
+        (trainer.policy, "reference_pass", "reference forward", length),
         (trainer.policy, "count_backward", "rows of the backward", lambda rows: rows),
         (trainer.engine, "backward", "backward", None),
         (trainer.objective, "_compare", "loss", None),

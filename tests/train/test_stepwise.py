@@ -326,7 +326,7 @@ sys.argv = ["fastpref", "train", sys.argv[1]]
 import fastpref.rollout.collect as collect, fastpref.rollout.queue as queue, fastpref.train.transitions as transitions
 where, count = "{where}", {count}
 place, name = {{"rollout": (collect.Collector, "_breathe"), "scoring": (queue.ScoringQueue, "_score"),
-                "training": (transitions.TransitionObjective, "loss")}}[where]
+                "training": (transitions.TransitionObjective, "laid_out")}}[where]
 plain = getattr(place, name)
 def deadly(*args, **kwargs):
     global count

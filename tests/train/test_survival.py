@@ -190,7 +190,7 @@ def test_nan_in_one_micro_batch_skips_that_step_only(
     from fastpref.train.offline import open_trainer
 
     trainer = open_trainer(config, resolve_model_dir(config.model), torch.device("cpu"))
-    plain, calls = trainer.policy.predict, [0]
+    plain, calls = trainer.policy.forward_pass, [0]
     trainer.step(0)
     before = {name: tensor.clone() for name, tensor in trainer.engine.state()[0].items()}
 
@@ -199,7 +199,7 @@ def test_nan_in_one_micro_batch_skips_that_step_only(
         found = plain(noisy, *rest, **more)
         return found * torch.tensor([math.nan] + [1.0] * (len(found) - 1)).view(-1, 1, 1, 1) if calls[0] == 2 else found
 
-    monkeypatch.setattr(trainer.policy, "predict", spoiled)
+    monkeypatch.setattr(trainer.policy, "forward_pass", spoiled)
     metrics = trainer.step(1)
     assert metrics["grad_norm"] is None and not math.isfinite(metrics["loss"]) and trainer.skipped == 1
     assert same(trainer.engine.state()[0], before)
