@@ -24,7 +24,7 @@ from fastpref.config import Config
 
 Inputs = Sequence[Tensor | None]
 _PLAIN_CALLS = 1  # of a shape before it is recorded
-_MOST_SHAPES = 16  # of one piece of work; the one that waited longest is forgotten
+MOST_SHAPES = 16  # of one piece of work; further ones run as plain code
 
 
 def capture_fault(config: Config, device: torch.device) -> str | None:
@@ -60,7 +60,7 @@ class Graphs:
         self.device, self.keeps, self.strict = device, keeps, strict
         self.stream = torch.cuda.Stream(device)
         self._pools: dict[Any, Any] = {}
-        self._works: dict[str, dict[Any, _Work]] = {}
+        self._works: dict[tuple[str, Any], dict[Any, _Work]] = {}  # by what they do, then by shapes
 
     @contextmanager
     def ahead(self) -> Iterator[None]:
@@ -109,11 +109,11 @@ class Graphs:
 
     def _ready(self, name: str, work: _Work, function: Callable[..., Any], inputs: Inputs) -> bool:
         """Whether the work can be replayed: it is recorded, and ``inputs`` are where it reads them."""
-        if work.calls <= _PLAIN_CALLS or work.fault is not None:
-            return False
         if work.forward is not None:
             work.take(inputs)
             return True
+        if work.calls <= _PLAIN_CALLS or work.fault is not None:
+            return False
         try:
             work.record_forward(self, function, inputs)
         except RuntimeError as error:
@@ -124,13 +124,16 @@ class Graphs:
         return work.fault is None
 
     def _work(self, name: str, key: Any, inputs: Inputs, slot: Any) -> _Work:
-        works = self._works.setdefault(name, {})
+        works = self._works.setdefault((name, key), {})
         shapes = tuple(None if x is None else (tuple(x.shape), x.dtype) for x in inputs)
-        work = works.pop((key, shapes), None) or _Work(slot)
-        works[key, shapes] = work
+        work = works.get(shapes)
+        if work is None:
+            work = works[shapes] = _Work(slot)
+            if len(works) > MOST_SHAPES:
+                work.fault = f"{MOST_SHAPES} shapes are recorded"
+            if len(works) == MOST_SHAPES + 1:
+                warnings.warn(f"no CUDA graph of {name} in further shapes: {work.fault}", stacklevel=2)
         work.calls += 1
-        while len(works) > _MOST_SHAPES:
-            del works[next(iter(works))]
         return work
 
     @contextmanager

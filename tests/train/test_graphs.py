@@ -16,7 +16,7 @@ from stand_in_graphs import CaptureError, Graph
 
 from fastpref.config import Config
 from fastpref.errors import UserError
-from fastpref.train.graphs import Graphs
+from fastpref.train.graphs import MOST_SHAPES, Graphs
 from fastpref.train.trainer import PolicyTrainer
 
 Recipe = Callable[..., Config]
@@ -61,6 +61,30 @@ def test_what_cannot_be_recorded_raises(tmp_path: Path) -> None:
             with pytest.warns(UserWarning, match="no CUDA graph of work, which runs as plain code"):
                 lenient.run("work", read_back, [given])
             assert torch.equal(lenient.run("work", read_back, [given]).cpu(), torch.full((2,), 2.0))
+
+
+def test_a_bounded_number_of_shapes_is_recorded_and_none_twice() -> None:
+    """More shapes than are kept, each met again and again; forwards that wait don't count against each other."""
+    with StandInGpu():
+        graphs, shapes = Graphs(CUDA, keeps=True), range(1, MOST_SHAPES + 4)
+        recorded: list[int] = []
+
+        def doubled(x: torch.Tensor) -> tuple[torch.Tensor]:
+            recorded.extend([len(x)] * torch.cuda.is_current_stream_capturing())
+            return (2 * x,)
+
+        with pytest.warns(UserWarning, match="no CUDA graph of doubled in further shapes") as warned:
+            for _ in range(4):
+                for rows in shapes:
+                    (found,) = graphs.run("doubled", doubled, [torch.ones(rows, device=CUDA)])
+                    assert torch.equal(found.cpu(), torch.full((rows,), 2.0))
+        assert len(warned) == 1
+        assert recorded == [*shapes][:MOST_SHAPES]
+        recorded.clear()
+        for _ in range(3):
+            for slot in range(MOST_SHAPES + 4):
+                graphs.forward("waiting", doubled, lambda *_: None, [torch.ones(3, device=CUDA)], slot)
+        assert len(recorded) == MOST_SHAPES + 4
 
 
 @pytest.mark.parametrize(
