@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -22,8 +21,8 @@ from typing import Any
 
 import torch
 from bars import Panel, draw
-from common import RESULTS, TABLES, markdown, provenance, publish, read_csv
-from devices import CPU, add_device, device_of, name_of, open_device
+from common import RESULTS, TABLES, markdown, publish, read_csv
+from devices import CPU, add_device, device_of
 from precision_arms import (
     ONE_DTYPE,
     ROUNDED,
@@ -39,7 +38,7 @@ from precision_arms import (
     weights_of,
 )
 from torch import Tensor
-from worlds import BATCH, MODELS, config_of, open_world
+from worlds import BATCH, MODELS, config_of, remeasured
 
 from fastpref.errors import UserError
 from fastpref.models.loading import model_dir_of, resolve_device
@@ -181,17 +180,13 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, Any]] = [] if options.short else list(read_csv(options.out))
     try:
-        device = name_of(open_device(options))
-        for model in ("emoji",) if options.short else () if options.report else options.models:
-            about = {"model": model, "device": device, "threads": torch.get_num_threads()}
-            with tempfile.TemporaryDirectory() as folder:
-                world = open_world(model, Path(folder), [f"device={options.device}"])
-                draws = 1 if options.short else options.draws or DRAWS.get(model, 2)
-                found = measure(world, draws, (0, 1) if options.short else STEPS)
-            kept = [row for row in rows if (row["model"], device_of(row)) != (model, device)]
-            rows = [*kept, *(about | row | provenance() for row in found)]
-        if not rows:
-            raise UserError("no rows to report", str(options.out), "run the benchmark first")
+        models = ("emoji",) if options.short else () if options.report else options.models
+        until = (0, 1) if options.short else STEPS
+
+        def measured(world: list[str], model: str) -> list[dict[str, Any]]:
+            return measure(world, 1 if options.short else options.draws or DRAWS.get(model, 2), until)
+
+        rows = remeasured(rows, models, options, measured)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

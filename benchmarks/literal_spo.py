@@ -100,7 +100,7 @@ class LiteralSPO:
         self.policy = copy.deepcopy(trainer.policy.unet)
         self.reference = load_unet(folder, frozen, self.config.unet).to(self.device).eval().requires_grad_(False)
         precision = "fp64" if frozen == torch.float64 else self.config.vae_precision
-        self.vae = load_vae(folder, precision, self.policy.device)
+        self.vae = load_vae(folder, precision, self.policy.device, judged_in=self.config.precision)
         files = resolve_step_preference(self.config.scorer, self.config.clip)
         self.scorer = load_step_preference(files, device=self.device, dtype=frozen).requires_grad_(False)
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]

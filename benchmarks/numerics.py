@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -20,8 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 from bars import Panel, draw
-from common import RESULTS, TABLES, markdown, provenance, publish, read_csv
-from devices import CPU, add_device, device_of, name_of, open_device
+from common import RESULTS, TABLES, markdown, publish, read_csv
+from devices import CPU, add_device, device_of
 from precision_arms import (
     AUTOCAST,
     ISLANDS,
@@ -35,7 +34,7 @@ from precision_arms import (
     rms,
     weights_of,
 )
-from worlds import BATCH, MODELS, open_world
+from worlds import BATCH, MODELS, remeasured
 
 from fastpref.errors import UserError
 
@@ -156,16 +155,12 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, Any]] = list(read_csv(options.out))
     try:
-        device = name_of(open_device(options))
-        for model in () if options.report else options.models:
-            about = {"model": model, "device": device, "threads": torch.get_num_threads()}
-            with tempfile.TemporaryDirectory() as folder:
-                world = open_world(model, Path(folder), [f"device={options.device}"])
-                found = measure(world, options.draws or DRAWS.get(model, 2), options.steps)
-            kept = [row for row in rows if (row["model"], device_of(row)) != (model, device)]
-            rows = [*kept, *(about | row | provenance() for row in found)]
-        if not rows:
-            raise UserError("no rows to report", str(options.out), "run the benchmark first")
+        rows = remeasured(
+            rows,
+            () if options.report else options.models,
+            options,
+            lambda world, model: measure(world, options.draws or DRAWS.get(model, 2), options.steps),
+        )
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

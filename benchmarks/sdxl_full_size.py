@@ -187,7 +187,8 @@ def plan(run: str, folder: Path) -> None:
     from fastpref.config import parse_config
     from fastpref.plan.report import make_plan
 
-    print(make_plan(parse_config(settings_of(run, folder)), 1, "cpu").best.total)
+    planned = make_plan(parse_config(settings_of(run, folder)), 1, "cpu")
+    print(planned.peak(planned.best))
 
 
 def measure(run: str, folder: Path) -> dict[str, Any]:

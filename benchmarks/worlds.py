@@ -6,18 +6,20 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from common import ROOT
-from devices import CPU, device_of
+from common import ROOT, provenance
+from devices import CPU, device_of, name_of, open_device
 
 from fastpref.config import Config, load_config
 from fastpref.data.prepare import prepare
 from fastpref.emoji import MODEL_DIR, TRAIN_PARQUET
+from fastpref.errors import UserError
 from fastpref.models import public
 from fastpref.models.loading import model_dir_of, resolve_device
 from fastpref.train.offline import OfflineTrainer, open_trainer
@@ -164,3 +166,29 @@ def trainer_of(settings: list[str], *overrides: str) -> OfflineTrainer:
 def config_of(settings: list[str], *overrides: str) -> Config:
     """The recipe; past one epoch its draws repeat."""
     return load_config("", [*settings, "draws=1", *overrides])
+
+
+def remeasured(
+    rows: Sequence[dict[str, Any]],
+    models: Sequence[str],
+    options: argparse.Namespace,
+    measure: Callable[[list[str], str], list[dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """``rows`` with those of ``models`` on the chosen device measured anew.
+
+    Args:
+        measure: is given the settings of a model's recipes and the model's name.
+
+    Raises:
+        UserError: there is no such device, or there are no rows at all.
+    """
+    device, found = name_of(open_device(options)), list(rows)
+    for model in models:
+        about = {"model": model, "device": device, "threads": torch.get_num_threads()}
+        with tempfile.TemporaryDirectory() as folder:
+            measured = measure(open_world(model, Path(folder), [f"device={options.device}"]), model)
+        kept = [row for row in found if (row["model"], device_of(row)) != (model, device)]
+        found = [*kept, *(about | row | provenance() for row in measured)]
+    if not found:
+        raise UserError("no rows to report", str(options.out), "run the benchmark first")
+    return found

@@ -248,7 +248,8 @@ def plan(
     from rich.console import Console
 
     from fastpref.config import load_config
-    from fastpref.plan.report import make_plan, render
+    from fastpref.plan.render import render
+    from fastpref.plan.report import make_plan
 
     Console().print(render(make_plan(load_config(config, overrides), gpus, device, family)))
 

@@ -170,7 +170,9 @@ class Config(BaseModel):
     small_decoder: str | None = Field(
         None, description="score through this AutoencoderTiny folder, not the VAE; its agreement is reported"
     )
-    decode_batch_size: int = Field(16, ge=1, description="latents per VAE decode")
+    decode_batch_size: int = Field(
+        16, ge=1, description="latents decoded and scored together; the VAE gets at most one of 1024 px at once"
+    )
 
     # Trained weights and optimizer
     train: Literal["lora", "full"] = Field("lora", description="what is trained")
@@ -230,7 +232,11 @@ class Config(BaseModel):
     )
     posterior: bool = Field(False, description="store the VAE posterior's std and sample it in training")
     flips: bool = Field(False, description="store mirrored latents too and flip half the draws")
-    vae_precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto never overflows")
+    vae_precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="auto: fp32, but on a GPU bf16 for pictures that are scored in bf16; what overflows in "
+        "fp16 is computed again in fp32",
+    )
     clip: str | None = Field(None, description="CLIP folder for RPO's embeddings, spm and spo; 'emoji' is bundled")
     max_reject_share: float = Field(0.05, ge=0, le=1, description="prepare fails above this share of bad records")
     max_caption_tokens: Literal[77, 150, 225] = Field(

@@ -18,6 +18,8 @@ from fastpref.data.job import Job
 from fastpref.data.plan import Plan
 from fastpref.data.records import Record, check_row
 from fastpref.data.sources import Source
+from fastpref.memory import moved
+from fastpref.models.vae import encode
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Rows = dict[str, torch.Tensor]  # name → (n, ...) on the CPU, in the store's dtype
@@ -57,27 +59,17 @@ class Encoders:
     @torch.no_grad()
     def images(self, images: list[Image.Image]) -> Rows:
         """``latents (n, C, H, W)``, scaled; as the job asks ``posterior_std``, both ``_flipped``, ``clip_image``."""
-        pixels = np.stack([np.asarray(image) for image in images])
-        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        rows = self._latents(x, "")
-        if self._job.flips:
-            rows |= self._latents(x.flip(-1), "_flipped")
-        if self._job.clip_dir is not None:
-            rows["clip_image"] = self._clip_encoder().images(images).float().cpu()
-        return rows
+        from fastpref.models.loading import load_vae
 
-    def _latents(self, x: torch.Tensor, suffix: str) -> Rows:
+        job = self._job
         if self._vae is None:
-            from fastpref.models.loading import load_vae
-
-            self._vae = load_vae(self._job.model_dir, self._job.vae_precision, self._device)
-        posterior = self._vae.encode(x.to(self._device, self._vae.dtype)).latent_dist
-        shape, dtype = self._job.shape, DTYPES[self._job.dtype]
-        latents = (posterior.mean.float() - shape.shift_factor) * shape.scaling_factor
-        rows = {f"latents{suffix}": latents.to("cpu", dtype)}
-        if self._job.posterior:
-            rows[f"posterior_std{suffix}"] = (posterior.std.float() * shape.scaling_factor).to("cpu", dtype)
-        return rows
+            self._vae = load_vae(job.model_dir, job.vae_precision, self._device)
+        pixels = moved(torch.from_numpy(np.stack([np.asarray(image) for image in images])), self._device)
+        latents = latent_rows(self._vae, pixels, posterior=job.posterior, flips=job.flips)
+        rows = {}
+        if job.clip_dir is not None:  # its pictures are resized on the CPU while the VAE computes
+            rows["clip_image"] = self._clip_encoder().images(images).float().cpu()
+        return {name: values.to("cpu", DTYPES[job.dtype]) for name, values in latents.items()} | rows
 
     def _clip_encoder(self) -> Any:
         if self._clip is None:
@@ -86,6 +78,20 @@ class Encoders:
             assert self._job.clip_dir is not None
             self._clip = load_clip(self._job.clip_dir, self._device)
         return self._clip
+
+
+def latent_rows(vae: Any, pixels: torch.Tensor, *, posterior: bool, flips: bool) -> Rows:
+    """What the store keeps of pictures (n, H, W, 3) uint8, still on their device and in fp32; see :mod:`.vae`."""
+    x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+    rows = {}
+    for suffix, side in {"": x, "_flipped": x.flip(-1) if flips else None}.items():
+        if side is not None:
+            found = encode(vae, side)
+            rows[f"latents{suffix}"] = (found.mean - shift) * scale
+            if posterior:
+                rows[f"posterior_std{suffix}"] = found.std * scale
+    return rows
 
 
 @dataclass

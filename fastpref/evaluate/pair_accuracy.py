@@ -41,6 +41,7 @@ from fastpref.models.step_preference import StepPreferenceModel
 from fastpref.models.step_preference_file import load_step_preference, resolve_step_preference
 from fastpref.models.text import TextStack, load_text_stack
 from fastpref.models.time_ids import target_time_ids
+from fastpref.models.vae import encode
 from fastpref.models.work import Work
 from fastpref_kernels import add_keyed_noise, derive_keys
 
@@ -149,7 +150,7 @@ class _Judge(ABC):
         return add_keyed_noise(shown.latents, keys, times, alphas)
 
     def _latents(self, images: torch.Tensor) -> torch.Tensor:
-        mean = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean.to(self.dtype)
+        mean = encode(self.vae, images).mean.to(self.dtype)
         self.work.vae_encodes += len(images)
         return (mean - (getattr(self.vae.config, "shift_factor", None) or 0.0)) * self.vae.config.scaling_factor
 
@@ -217,8 +218,8 @@ def _open_judge(config: Config, folder: Path | None) -> _Judge:
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     text = load_text_stack(model_dir, DTYPES[config.precision], device, config.max_caption_tokens)
     prompt, pooled = text.encode([""])
+    vae = load_vae(model_dir, "fp64" if config.precision == "fp64" else config.vae_precision, device)
     if config.method == "lrm":
-        vae = load_vae(model_dir, "fp64" if config.precision == "fp64" else config.vae_precision, device)
         start = config if folder is None else config.model_copy(update={"scorer": str(folder)})
         model, _ = open_latent_reward(
             start,
@@ -233,7 +234,7 @@ def _open_judge(config: Config, folder: Path | None) -> _Judge:
     files = resolve_step_preference(config.scorer if folder is None else str(folder), config.clip)
     clip = load_step_preference(files, device=device, dtype=dtype, seed=config.seed)
     one_step = load_one_step(config, model_dir, device, schedule, (prompt, pooled), work)
-    return _PictureJudge(one_step.decoder.vae, schedule, text, device, dtype, work, clip, one_step)
+    return _PictureJudge(vae, schedule, text, device, dtype, work, clip, one_step)
 
 
 def _held_out(config: Config) -> Iterator[Pair]:

@@ -196,7 +196,7 @@ def to_pictures(decoder: LatentDecoder, latents: torch.Tensor) -> list[Image.Ima
 
 
 def _decoder(model: str, prediction_type: str) -> LatentDecoder:
-    vae: Any = load_vae(resolve_model_dir(model, prediction_type), "auto", resolve_device("auto"))
+    vae: Any = load_vae(resolve_model_dir(model, prediction_type), "auto", resolve_device("auto"), judged_in="bf16")
     return LatentDecoder(vae, _CHUNK, Work())
 
 

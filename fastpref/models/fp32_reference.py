@@ -18,12 +18,17 @@ from fastpref.models.loading import DTYPES
 from fastpref.models.policy import Conditioning, Policy, autocasts, load_reference
 
 
+def widened(config: Config) -> Config:
+    """The settings of ``config``'s reference in fp32."""
+    # An attention that was chosen may know half precision only, and any of them will do.
+    return config.model_copy(update={"precision": "fp32", "attention": "auto", "engine": "local"})
+
+
 class Fp32Reference(Policy):
     """The reference of a half-precision recipe, for :meth:`Policy.predict_reference` in fp32."""
 
     def __init__(self, config: Config, model_dir: Path, device: torch.device) -> None:
-        # An attention that was chosen may know half precision only, and any of them will do.
-        wide = config.model_copy(update={"precision": "fp32", "attention": "auto", "engine": "local"})
+        wide = widened(config)
         loaded = load_reference(wide, model_dir, device)
         _round_weights(loaded.unet, config)
         super().__init__(loaded.unet, wide, device, loaded.reference_unet)

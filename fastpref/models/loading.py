@@ -19,6 +19,7 @@ from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.models.noise_schedule import NoiseSchedule, ddim_settings, noise_schedule
 from fastpref.models.unet_file import ZERO_SNR, find_unet, read_unet, stated_prediction
+from fastpref.models.vae import survives_fp16
 from fastpref.models.weights import tensor_facts, weights_of
 
 if TYPE_CHECKING:
@@ -132,12 +133,25 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
 
 
-def load_vae(path: Path, precision: str, device: torch.device) -> AutoencoderKL:
-    """The VAE in a precision it survives: 'auto' is fp32 where ``force_upcast`` says so, else bf16 on a GPU."""
+def load_vae(path: Path, precision: str, device: torch.device, *, judged_in: str = "fp32") -> AutoencoderKL:
+    """The VAE in a precision it survives; for 'auto' and ``judged_in`` see :func:`vae_dtype`."""
+    vae = open_vae(path, vae_dtype(precision, device.type, judged_in=judged_in)).to(device)
+    return survives_fp16(vae, partial(load_vae, path, "fp32", device))
+
+
+def vae_dtype(precision: str, device: str, *, judged_in: str = "fp32") -> torch.dtype:
+    """What :func:`load_vae` opens a VAE in on 'cpu' or 'cuda'.
+
+    'auto' is fp32, but bf16 on a GPU for pictures that are judged in bf16 themselves. Latents are stored and trained
+    on, and bf16 costs them 30 times what their rounding to fp16 does; a bf16 picture moves a score by a quarter to a
+    half of what the scorer's own bf16 moves it (``benchmarks/vae_precision.py``), which is more than fp16 would.
+
+    Args:
+        judged_in: the precision of what looks at the pictures; 'fp32' too for a VAE that encodes.
+    """
     if precision == "auto":
-        upcast = read_part_json(path / "vae" / "config.json").get("force_upcast", True)
-        precision = "fp32" if upcast or device.type == "cpu" else "bf16"
-    return open_vae(path, DTYPES[precision]).to(device)
+        precision = "bf16" if device == "cuda" and judged_in == "bf16" else "fp32"
+    return DTYPES[precision]
 
 
 def open_vae(path: Path, dtype: torch.dtype) -> AutoencoderKL:

@@ -13,11 +13,13 @@ from fastpref.models.guidance import empty_conditioning, guided, predicted_x0
 from fastpref.models.loading import DTYPES, load_unet, load_vae
 from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.policy import Conditioning, call_unet
+from fastpref.models.vae import decode
 from fastpref.models.work import Work
 
 
 class LatentDecoder:
-    """A VAE's decoder that never sees more than ``chunk`` latents at once."""
+    """A VAE's decoder that never sees more than ``chunk`` latents at once, nor more than :mod:`fastpref.models.vae`
+    gives it."""
 
     def __init__(self, vae: Any, chunk: int, work: Work) -> None:
         self.vae, self.chunk, self.work = vae, chunk, work
@@ -28,14 +30,16 @@ class LatentDecoder:
 
         fp32, or fp64 if the VAE is.
         """
-        scale, shift = self.vae.config.scaling_factor, getattr(self.vae.config, "shift_factor", None) or 0.0
-        dtype = torch.promote_types(self.vae.dtype, torch.float32)
-        parts = [
-            self.vae.decode((part / scale + shift).to(self.vae.dtype), return_dict=False)[0].to(dtype)
-            for part in latents.split(self.chunk)
-        ]
+        parts = [decode(self.vae, part) for part in latents.split(self.chunk)]
         self.work.vae_decodes += len(latents)
         return torch.cat(parts)
+
+
+def load_decoder(config: Config, model_dir: Path, device: torch.device, work: Work) -> LatentDecoder:
+    """The decoder of ``model_dir``'s VAE in ``config.vae_precision`` (fp64 if ``precision`` is), for a scorer."""
+    precision = "fp64" if config.precision == "fp64" else config.vae_precision
+    vae = load_vae(model_dir, precision, device, judged_in=config.precision)
+    return LatentDecoder(vae, config.decode_batch_size, work)
 
 
 class FrozenUNet:
@@ -89,10 +93,9 @@ def load_one_step(
     """
     dtype = DTYPES[config.precision]
     unet = load_unet(model_dir, dtype, config.unet).to(device).eval().requires_grad_(False)
-    vae = load_vae(model_dir, "fp64" if config.precision == "fp64" else config.vae_precision, device)
     return OneStep(
         FrozenUNet(unet, dtype, work),
-        LatentDecoder(vae, config.decode_batch_size, work),
+        load_decoder(config, model_dir, device, work),
         schedule,
         empty_conditioning(model_dir, *empty_prompt),
         config.guidance_scale,

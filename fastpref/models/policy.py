@@ -256,8 +256,12 @@ def load_reference(config: Config, model_dir: Path, device: torch.device) -> Pol
     """The reference alone: nothing is trained, only :meth:`Policy.predict_reference` is of use."""
     if config.init_lora is not None:
         return load_policy(config.model_copy(update={"reference": "adapter"}), model_dir, device, needs_reference=True)
-    unet = load_unet(model_dir, _read_dtype(config), config.unet).requires_grad_(False)
-    unet = _in_precision(unet, config).to(device).eval()
+    return make_reference(load_unet(model_dir, _read_dtype(config), config.unet), config, device)
+
+
+def make_reference(unet: Any, config: Config, device: torch.device) -> Policy:
+    """:func:`load_reference` of a UNet that is already there."""
+    unet = _in_precision(unet.requires_grad_(False), config).to(device).eval()
     set_attention(unet, config.attention, device, DTYPES[config.precision])
     _speed_up(unet, config)
     return Policy(unet, config, device, reference=unet)

@@ -49,16 +49,26 @@ class ClipEncoder:
         """Captions to ``(n, E)`` unit fp32 rows."""
         length = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
         tokens = self.tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        ids, mask = moved(tokens.input_ids, self.device), moved(tokens.attention_mask, self.device)
-        output = self.model.text_model(input_ids=ids, attention_mask=mask)
-        return _unit(self.model.text_projection(output.pooler_output))
+        return embed_ids(self.model, *(moved(x, self.device) for x in (tokens.input_ids, tokens.attention_mask)))
 
     @torch.no_grad()
     def images(self, images: list[Image]) -> torch.Tensor:
         """RGB pictures of any size to ``(n, E)`` unit fp32 rows."""
-        pixels = moved(self.processor(images=images, return_tensors="pt")["pixel_values"], self.device)
-        output = self.model.vision_model(pixel_values=pixels)
-        return _unit(self.model.visual_projection(output.pooler_output))
+        return embed_pixels(
+            self.model, moved(self.processor(images=images, return_tensors="pt").pixel_values, self.device)
+        )
+
+
+@torch.no_grad()
+def embed_ids(clip: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """``(n, E)`` unit fp32 rows on the CPU of tokens ``(n, L)`` of a CLIPModel."""
+    return _unit(clip.text_projection(clip.text_model(input_ids=ids, attention_mask=mask).pooler_output))
+
+
+@torch.no_grad()
+def embed_pixels(clip: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """``(n, E)`` unit fp32 rows on the CPU of normalised pictures ``(n, 3, S, S)`` of a CLIPModel."""
+    return _unit(clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output))
 
 
 def load_clip(path: Path, device: torch.device | str = "cpu") -> ClipEncoder:

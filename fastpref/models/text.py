@@ -94,17 +94,24 @@ class TextStack:
         Returns:
             ``prompt_embeds (n, blocks·L, D)`` and, for SDXL, ``pooled_prompt_embeds (n, P)``, in the encoders' dtype.
         """
-        hidden, pooled = [], None
+        ids = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
             length = _length(tokenizer, encoder.config.max_position_embeddings)
-            ids = BlockTokenizer(tokenizer, length, self.blocks).token_ids(captions)
-            output = encoder(moved(ids.flatten(0, 1), self.device), output_hidden_states=self.family == "sdxl")
+            ids.append(BlockTokenizer(tokenizer, length, self.blocks).token_ids(captions))
+        return self.encode_ids(ids)
+
+    @torch.no_grad()
+    def encode_ids(self, ids: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """:meth:`encode` of captions in tokens, for each encoder ``(n, blocks, L)`` int64 on the CPU."""
+        hidden, pooled = [], None
+        for tokens, encoder in zip(ids, self.encoders, strict=True):
+            output = encoder(moved(tokens.flatten(0, 1), self.device), output_hidden_states=self.family == "sdxl")
             if self.family == "sdxl":
                 states, pooled = output.hidden_states[-2], output[0][:: self.blocks]
             else:
                 states = output[0]
-            hidden.append(states.unflatten(0, (len(captions), self.blocks)).flatten(1, 2))
-        self.rows += len(captions) * self.blocks
+            hidden.append(states.unflatten(0, tokens.shape[:2]).flatten(1, 2))
+        self.rows += len(ids[0]) * self.blocks
         return torch.cat(hidden, dim=-1), pooled
 
 

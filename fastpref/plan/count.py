@@ -6,9 +6,10 @@ kernel, checkpoint and hook takes the path it takes in training, and nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fastpref.objectives import build_objective
 from fastpref.plan.meter import Operations, PeakMemory
 from fastpref_kernels import implicit_reward
 
-_CPU, _META = torch.device("cpu"), torch.device("meta")
+_CPU, META = torch.device("cpu"), torch.device("meta")
 # fp32 tensors of a parameter's size that are alive while it is updated: of bitsandbytes' CPU path the dequantised
 # moments, the gradient twice, the weight, and two of the quotient
 _UPDATE_TENSORS = {"adamw8bit": 7, "paged_adamw8bit": 7, "lion8bit": 6, "adafactor": 5, "adamw": 3}
@@ -57,14 +58,18 @@ class Shapes:
     def inputs(self, policy: Policy, rows: int) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
         """What ``rows`` of a forward take."""
         dtype = torch.float64 if policy.base_dtype == torch.float64 else torch.float32
+        timesteps = torch.zeros(rows, dtype=torch.int64)
+        return torch.empty(rows, *self.latent, dtype=dtype), timesteps, self.conditioning(rows, dtype)
+
+    def conditioning(self, rows: int, dtype: torch.dtype) -> Conditioning:
+        """Of ``rows`` rows."""
         pooled = time_ids = None
         if self.unet.get("addition_embed_type") == "text_time":
             width = self.unet["projection_class_embeddings_input_dim"] - 6 * self.unet["addition_time_embed_dim"]
             pooled = torch.empty(rows, width, dtype=dtype)
             time_ids = target_time_ids(self.latent[1:], rows).to(dtype)  # in latents: no shape depends on the values
         prompt = torch.empty(rows, self.tokens, self.unet["cross_attention_dim"], dtype=dtype)
-        timesteps = torch.zeros(rows, dtype=torch.int64)
-        return torch.empty(rows, *self.latent, dtype=dtype), timesteps, Conditioning(prompt, pooled, time_ids)
+        return Conditioning(prompt, pooled, time_ids)
 
 
 def count_step(config: Config, shapes: Shapes, pairs: int, *, several: bool = False) -> StepCount:
@@ -78,7 +83,7 @@ def count_step(config: Config, shapes: Shapes, pairs: int, *, several: bool = Fa
     needs_reference = objective is None or (objective.uses_reference and config.reference != "ledger")
     made = _meta_policy(config, shapes.unet, needs_reference=needs_reference)
     with FakeTensorMode():
-        policy = _with_fake_weights(made)
+        policy = with_fake_policy(made)
         known = policy.tensors()
         memory, flops, rolled = PeakMemory(known), Operations(), Operations()
         with memory, _gradient_hooks(config, policy, memory):
@@ -115,7 +120,7 @@ def fake_policy(config: Config, settings: dict[str, Any], mode: FakeTensorMode) 
     """The policy that ``config`` trains, of a UNet of these ``settings``, with the fake weights of ``mode``."""
     made = _meta_policy(config, settings, needs_reference=False)
     with mode:
-        return _with_fake_weights(made)
+        return with_fake_policy(made)
 
 
 def _offline(policy: Policy, shapes: Shapes, rows: int, *, with_reference: bool) -> int:
@@ -158,23 +163,40 @@ def _meta_policy(config: Config, settings: dict[str, Any], *, needs_reference: b
     from diffusers import UNet2DConditionModel
 
     frozen = DTYPES[config.precision] if config.train == "lora" else master_dtype(config)
+    build = partial(UNet2DConditionModel.from_config, settings)
+    unet = open_part(lambda: meta_model(build, frozen), Path(config.model))
+    return make_policy(unet, config, META, needs_reference=needs_reference)
+
+
+def meta_model(build: Callable[[], Any], dtype: torch.dtype) -> Any:
+    """What ``build`` makes, in ``dtype`` and ready for inference, without memory for its weights."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(frozen)
+    torch.set_default_dtype(dtype)
     try:
-        with _META:
-            unet = open_part(lambda: UNet2DConditionModel.from_config(settings), Path(config.model))
+        with META:
+            return build().eval()
     finally:
         torch.set_default_dtype(before)
-    return make_policy(unet, config, _META, needs_reference=needs_reference)
 
 
-def _with_fake_weights(made: Policy) -> Policy:
+def with_fake_weights(model: Any) -> Any:
+    """The same model, its parameters and buffers moved from the meta device to fake ones on the CPU."""
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                fake = torch.empty(value.shape, dtype=value.dtype, device=_CPU)
+                module._parameters[name] = torch.nn.Parameter(fake, requires_grad=value.requires_grad)
+        for name, value in module._buffers.items():
+            if value is not None:
+                module._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device=_CPU)
+    return model
+
+
+def with_fake_policy(made: Policy) -> Policy:
+    """The same policy with the fake weights of the mode it is called in."""
     for model in (made.unet, made.reference_unet):
-        for module in [] if model is None else model.modules():
-            for name, value in module._parameters.items():
-                if value is not None:
-                    fake = torch.empty(value.shape, dtype=value.dtype, device=_CPU)
-                    module._parameters[name] = torch.nn.Parameter(fake, requires_grad=value.requires_grad)
+        if model is not None:
+            with_fake_weights(model)
     return Policy(made.unet, made.config, _CPU, made.reference_unet)
 
 

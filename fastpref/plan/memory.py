@@ -87,6 +87,6 @@ def _state_bytes(optimizer: str, shape: torch.Size, wide: int) -> int:
     return moments * (values + 4 * math.ceil(values / _BLOCK))
 
 
-def fits(memory: Memory, device: int) -> bool:
-    """Whether it leaves the reserve free."""
-    return memory.total <= device * (1 - RESERVE)
+def fits(needed: int, device: int) -> bool:
+    """Whether so many bytes leave the reserve free."""
+    return needed <= device * (1 - RESERVE)

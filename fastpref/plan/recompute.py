@@ -16,7 +16,9 @@ from fastpref.models.loading import open_part
 from fastpref.models.recompute import MODES
 from fastpref.plan.cost import Batch
 from fastpref.plan.memory import RESERVE
-from fastpref.plan.report import beside_bytes, rank_bytes, shapes_of, unet_values, with_mode
+from fastpref.plan.models import beside_bytes, models_of, unet_values
+from fastpref.plan.phases import round_bytes
+from fastpref.plan.report import rank_bytes, with_mode
 
 if TYPE_CHECKING:
     import torch
@@ -48,11 +50,11 @@ def resolve_recomputation(config: Config, device: torch.device, world: World) ->
     if device.type == "cpu":  # the ranks of a machine share it
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     free = -world.most(-free)
-    choice = tuple(choose(config, world.size, free, total_bytes(device))) if world.is_main else ()
+    choice = tuple(choose(config, world.size, free, total_bytes(device), device.type)) if world.is_main else ()
     return Choice(*world.from_main(choice))
 
 
-def choose(config: Config, ranks: int, free: int, total: int) -> Choice:
+def choose(config: Config, ranks: int, free: int, total: int, device: str = "cpu") -> Choice:
     """The first mode whose prediction leaves a share of ``total`` bytes free; if none does, the last."""
     limit, needs = free - RESERVE * total, dict[str, int]()
     try:  # open_part: what is wrong with the model's files is said in one line
@@ -60,7 +62,7 @@ def choose(config: Config, ranks: int, free: int, total: int) -> Choice:
         if bound <= limit:
             return Choice(MODES[0], f"gradient_checkpointing: {MODES[0]} (at most {_of(bound, free)})")
         for mode in MODES:
-            needs[mode] = rank_bytes(with_mode(config, mode), ranks)
+            needs[mode] = rank_bytes(with_mode(config, mode), ranks, device)
             if needs[mode] <= limit:
                 break
     except UserError as error:  # a fault of the recipe, which whoever opens it says, or of the counting
@@ -86,9 +88,11 @@ def bytes_at_most(config: Config, ranks: int) -> int:
     """More than any run of the recipe needs without recomputation: arithmetic alone, where counting takes seconds.
 
     A residual block keeps at most 12 tensors of the widest level beside it, a transformer block 34 of its own width
-    and 8 of the prompt's length; all may be there in two dtypes.
+    and 8 of the prompt's length; all may be there in two dtypes. Scoring has no gradients: a VAE's decoder holds fewer
+    than 6 tensors of twice its first width.
     """
-    shapes, wide = shapes_of(config), 8 if config.precision == "fp64" else 4
+    models, wide = models_of(config), 8 if config.precision == "fp64" else 4
+    shapes = models.shapes
     widths = [int(width) for width in shapes.unet.get("block_out_channels", _WIDTHS)]
     layers = max(int(n) for n in tree_leaves(shapes.unet.get("transformer_layers_per_block", 1)))
     blocks = 2 * max(int(n) for n in tree_leaves(shapes.unet.get("layers_per_block", 2))) + 3  # down, up, middle
@@ -99,5 +103,10 @@ def bytes_at_most(config: Config, ranks: int) -> int:
         row += 2 * wide * blocks * (kept + 8 * layers * own * shapes.tokens)
     guided = 2 if config.method in STEPWISE_METHODS and config.guidance_scale != 1.0 else 1
     rows = guided * max(2 * Batch.of(config, ranks).micro, config.rollout_batch_size * config.candidates)
+    scored = 0
+    if config.method in STEPWISE_METHODS:
+        decoded = 12 * wide * int(models.parts.vae["block_out_channels"][0]) * config.resolution**2
+        pools = round_bytes(config, models.segments, shapes.latent, config.rollout_prompts)
+        scored = config.decode_batch_size * decoded + pools
     # of a weight: itself, a copy, its gradient, two moments, their average
-    return rows * row + 6 * wide * unet_values(config) + beside_bytes(config)
+    return rows * row + scored + 6 * wide * unet_values(config) + beside_bytes(config)

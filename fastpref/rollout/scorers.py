@@ -14,11 +14,12 @@ import torch
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.models.latent_reward_file import check_latent_reward, is_latent_reward, load_latent_reward
-from fastpref.models.loading import DTYPES, load_vae, model_family, model_fingerprint, open_part, read_part_json
-from fastpref.models.one_step import LatentDecoder
+from fastpref.models.loading import DTYPES, model_family, model_fingerprint, open_part, read_part_json
+from fastpref.models.one_step import LatentDecoder, load_decoder
 from fastpref.models.prompt_book import PromptBook
 from fastpref.models.step_preference import ClipScorer
 from fastpref.models.step_preference_file import load_clip_scorer, load_step_preference, resolve_step_preference
+from fastpref.models.vae import survives_fp16
 from fastpref.models.weights import weights_of
 from fastpref.models.work import Work
 from fastpref.rollout.scoring import StepScorer
@@ -47,7 +48,7 @@ def open_scorer(
         UserError: there is no scorer, it cannot be used, or it is not one for the method or the model.
     """
     source = config.scorer
-    if source is not None and _CALLABLE.fullmatch(source) and not Path(source).exists():
+    if source is not None and is_callable(source):
         return _open_callable(config, source, model_dir, device, work)
     if is_latent_reward(source):
         assert source is not None
@@ -67,20 +68,20 @@ def _open_preference(
         model: ClipScorer = load_clip_scorer(files, device=device, dtype=dtype)
     else:
         step_aware = load_step_preference(files, device=device, dtype=dtype)
-        vision = step_aware.clip.config.vision_config
-        folded = vision.num_hidden_layers * vision.hidden_size * (vision.hidden_size + vision.intermediate_size)
-        model = step_aware.fold(timesteps, max(1, _RESIDENT_VALUES // folded)).eval()
+        model = step_aware.fold(timesteps, folded_values(step_aware.clip.config.vision_config)[1]).eval()
     model.requires_grad_(False)
-    exact = PreferenceScorer(model, _decoder(config, model_dir, device, work), work)
+    exact = PreferenceScorer(model, load_decoder(config, model_dir, device, work), work)
     if config.small_decoder is None:
         return exact
-    small = load_small_decoder(Path(config.small_decoder), exact.decoder.vae, DTYPES[config.precision], device)
+    load = partial(load_small_decoder, Path(config.small_decoder), exact.decoder.vae, device=device)
+    small = survives_fp16(load(dtype=dtype), partial(load, dtype=torch.float32))
     return PreferenceScorer(model, LatentDecoder(small, config.decode_batch_size, work), work, exact)
 
 
-def _decoder(config: Config, model_dir: Path, device: torch.device, work: Work) -> LatentDecoder:
-    precision = "fp64" if config.precision == "fp64" else config.vae_precision
-    return LatentDecoder(load_vae(model_dir, precision, device), config.decode_batch_size, work)
+def folded_values(vision: Any) -> tuple[int, int]:
+    """Values of the weights folded for a timestep, of a CLIP's vision configuration, and for how many they are kept."""
+    values = vision.num_hidden_layers * vision.hidden_size * (vision.hidden_size + vision.intermediate_size)
+    return values, max(1, _RESIDENT_VALUES // values)
 
 
 def load_small_decoder(folder: Path, vae: Any, dtype: torch.dtype, device: torch.device) -> Any:
@@ -144,7 +145,13 @@ def _open_callable(config: Config, source: str, model_dir: Path, device: torch.d
         raise UserError(f"the scorer's attribute takes is {takes!r}", source, "use 'images' or 'latents'")
     if config.small_decoder is not None:
         raise UserError("small_decoder is set with a scorer of one's own", source, "remove it")
-    return CallableScorer(fn, _decoder(config, model_dir, device, work) if takes == "images" else None, work, source)
+    decoder = load_decoder(config, model_dir, device, work) if takes == "images" else None
+    return CallableScorer(fn, decoder, work, source)
+
+
+def is_callable(source: str) -> bool:
+    """Whether a config's ``scorer`` names a Python function."""
+    return bool(_CALLABLE.fullmatch(source)) and not Path(source).exists()
 
 
 def import_callable(source: str) -> Callable[..., Any]:

@@ -47,12 +47,15 @@ class PreferenceScorer:
     def score(self, latents: Tensor, x0: Tensor | None, t: int, prompts: Sequence[str]) -> Tensor:
         """(n,) scores; see :class:`fastpref.rollout.scoring.StepScorer`. x0 is decoded in the decoder's chunks."""
         assert x0 is not None
-        parts = [
-            self.model.embed_images(self.decoder.images(part), torch.full((len(part),), t))
-            for part in x0.split(self.decoder.chunk)
-        ]
+        rows = self.rows(x0, t)
         self.work.scorer_forwards += len(x0)
-        return self.model.score(torch.cat(parts), self._texts(prompts)).to(x0.device)
+        return self.model.score(rows, self._texts(prompts)).to(x0.device)
+
+    @torch.no_grad()
+    def rows(self, x0: Tensor, t: int) -> Tensor:
+        """(n, E) what the model sees in ``x0`` (n, C, h, w), decoded in the decoder's chunks."""
+        parts = x0.split(self.decoder.chunk)
+        return torch.cat([self.model.embed_images(self.decoder.images(p), torch.full((len(p),), t)) for p in parts])
 
     def _texts(self, prompts: Sequence[str]) -> Tensor:
         for prompt in dict.fromkeys(prompts):

@@ -7,9 +7,8 @@ For full fine-tuning in one process and one forward per step. What this changes:
   optimizer state while the others are updated, ``skipped_tensors`` counts it and the step counts as skipped;
 * the device decides all of that, so the host need not wait for it: with fused AdamW it never does;
 * with ``pure_bf16`` the weights have no fp32 copy, but for the few that the pass uses in fp32. Each tensor is widened
-  for its update and rounded stochastically
-  (Connolly, Higham, Mary 2021): up with the probability that makes the mean exact, so that updates far below
-  half a unit in the last place add up instead of being lost.
+  for its update and rounded stochastically (Connolly, Higham, Mary 2021): up with the probability that makes the mean
+  exact, so that updates far below half a unit in the last place add up instead of being lost.
 """
 
 from __future__ import annotations

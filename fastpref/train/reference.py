@@ -94,6 +94,11 @@ def rounds_as_training(config: Config) -> bool:
     return in_half_precision(config) and config.ledger_precision == "training"
 
 
+def pairs_per_call(config: Config) -> int:
+    """Pairs of a forward of ``prepare --reference``."""
+    return config.micro_batch if rounds_as_training(config) else config.prepare_batch_size
+
+
 def steps_to_look_up(config: Config, sampler: Sampler) -> int:
     """Optimizer steps whose draws differ."""
     return min(config.steps, (config.draws or config.steps) * sampler.batches_per_epoch)
@@ -168,7 +173,7 @@ class _Writer:
         reference.share_prompts()
         self.config, self.reference, self.sampler, self.store = config, reference, sampler, store
         self.builder = BatchBuilder(store, schedule, config, reference.device, with_losers=True)
-        self.pairs_per_call = config.micro_batch if rounds_as_training(config) else config.prepare_batch_size
+        self.pairs_per_call = pairs_per_call(config)
 
     def write(self, ledger: Ledger, parts: list[Part], progress: bool) -> None:
         """Write the parts, one file each."""

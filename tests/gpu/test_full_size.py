@@ -27,6 +27,7 @@ from fastpref.models.loading import empty_unet, resolve_device  # noqa: E402
 from fastpref.models.recompute import MODES, set_recomputation  # noqa: E402
 from fastpref.plan.report import make_plan, with_mode  # noqa: E402
 from fastpref.train.job import TrainJob  # noqa: E402
+from fastpref.train.reference import prepare_reference  # noqa: E402
 from fastpref.watch import Watch  # noqa: E402
 
 pytestmark = [
@@ -60,7 +61,8 @@ def test_a_step_is_finite_and_needs_what_the_plan_says(
         pytest.importorskip("bitsandbytes")
     config = parse_config(full_size.settings_of(run, folder) | {"device": "cuda"})
     measured = peak_of_finite_steps(config, weights, tmp_path)
-    assert abs(make_plan(config, 1, "h100").best.total / measured - 1) < 0.1
+    plan = make_plan(config, 1, "h100")
+    assert abs(plan.peak(plan.best) / measured - 1) < 0.1
 
 
 def peak_of_finite_steps(config: Config, weights: DeviceWeights, run_dir: Path) -> int:
@@ -95,3 +97,17 @@ def test_every_mode_of_recomputation_needs_what_the_plan_says(folder: Path, weig
     measured = peaks_by_mode(config)
     for mode in MODES:
         assert abs(make_plan(with_mode(config, mode), 1, "h100").best.total / measured[mode] - 1) < 0.1, measured
+
+
+def test_a_ledger_needs_what_the_plan_says(folder: Path, weights: DeviceWeights) -> None:
+    """Its fp32 weights are a copy of the bf16 ones, which are there before."""
+    weights.lent = True
+    weights.load_unet(folder, torch.bfloat16)
+    config = parse_config(full_size.settings_of("rpo", folder) | {"device": "cuda", "reference": "ledger", "steps": 1})
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    prepare_reference(config, progress=False)
+    measured = torch.cuda.max_memory_allocated() - before
+    assert abs(make_plan(config, 1, "h100").preparing["prepare --reference"].total / measured - 1) < 0.1

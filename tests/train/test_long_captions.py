@@ -163,9 +163,8 @@ def test_the_plan_counts_the_longer_prompt(recipe: Recipe, method: str) -> None:
 
 
 def test_the_plan_of_a_public_model_has_77_positions_a_block(recipe: Recipe) -> None:
-    from fastpref.plan.report import shapes_of
+    from fastpref.plan.models import models_of
 
     config = recipe("model=stabilityai/sdxl", "method=dpo")
-    assert [shapes_of(config.model_copy(update={"max_caption_tokens": k}), "sdxl").tokens for k in (77, 150, 225)] == [
-        *(77, 154, 231),
-    ]
+    lengths = [config.model_copy(update={"max_caption_tokens": tokens}) for tokens in (77, 150, 225)]
+    assert [models_of(of_length, "sdxl").shapes.tokens for of_length in lengths] == [77, 154, 231]
