@@ -84,7 +84,10 @@ class Config(BaseModel):
     attention: Literal["auto", "sdpa", "xformers", "flash", "sliced"] = Field(
         "auto", description="auto: sdpa, sliced if a CPU is short of memory; xformers and flash need their packages"
     )
-    fused_ops: bool = Field(False, description="the kernels' GroupNorm+SiLU, GEGLU and LoRA in the UNet")
+    fused_ops: bool | Literal["auto"] = Field(
+        "auto",
+        description="the kernels' GroupNorm+SiLU, GEGLU and LoRA in the UNet; auto: where that was measured faster",
+    )
     compile: bool | Literal["unet"] = Field(
         False,
         description="torch.compile of the UNet; true: by blocks; unet: as one, slower to start, then fastest",

@@ -39,6 +39,7 @@ def run_training(config: Config, *, dry_run: bool = False) -> str:
 
 def _run(config: Config, world: World, device: torch.device, *, dry_run: bool) -> str:
     from fastpref.memory import give_back_freed_blocks
+    from fastpref.models.fused_ops import fused_ops_line
     from fastpref.plan.recompute import resolve_recomputation
     from fastpref.train.job import TrainJob
     from fastpref.train.run_dir import check_run_dir, open_run_dir
@@ -51,8 +52,9 @@ def _run(config: Config, world: World, device: torch.device, *, dry_run: bool) -
         give_back_freed_blocks()
     with world.together():
         job = TrainJob.open(config.model_copy(update={"gradient_checkpointing": mode}), world=world)
-    if why:
-        job.console.print(why, markup=False, highlight=False, soft_wrap=True)
+    for line in (why, fused_ops_line(config.fused_ops, device) if device.type == "cuda" else ""):
+        if line:
+            job.console.print(line, markup=False, highlight=False, soft_wrap=True)
     if dry_run:
         job.trainer.verify()
         subject = job.trainer.describe()

@@ -16,6 +16,7 @@ from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.models.attention import set_attention
 from fastpref.models.compiled import compile_unet
+from fastpref.models.fused_ops import fuses
 from fastpref.models.half_pass import computes_in_half, set_half_pass, wide_names
 from fastpref.models.lean_unet import make_lean
 from fastpref.models.loading import DTYPES, load_unet
@@ -247,7 +248,7 @@ def make_policy(unet: Any, config: Config, device: torch.device, *, needs_refere
     _in_precision(unet, config).to(device)
     set_recomputation(unet, config.gradient_checkpointing)
     for model in (unet, *([] if reference is None else [reference])):
-        _speed_up(model, config)
+        _speed_up(model, config, device)
     unet.eval()  # a dropout mask would make the rewards of the first pass other than those of the second
     return Policy(unet, config, device, reference)
 
@@ -263,7 +264,7 @@ def make_reference(unet: Any, config: Config, device: torch.device) -> Policy:
     """:func:`load_reference` of a UNet that is already there."""
     unet = _in_precision(unet.requires_grad_(False), config).to(device).eval()
     set_attention(unet, config.attention, device, DTYPES[config.precision])
-    _speed_up(unet, config)
+    _speed_up(unet, config, device)
     return Policy(unet, config, device, reference=unet)
 
 
@@ -276,8 +277,8 @@ def _in_precision(unet: Any, config: Config) -> Any:
     return unet
 
 
-def _speed_up(unet: Any, config: Config) -> None:
-    if config.fused_ops:
+def _speed_up(unet: Any, config: Config, device: torch.device) -> None:
+    if fuses(config.fused_ops, device):
         patch_unet(unet)
     make_lean(unet)
     if config.compile:

@@ -29,7 +29,8 @@ from fastpref.data.store import Store
 from fastpref.data.workspace import Ranks
 from fastpref.errors import UserError
 from fastpref.models.fp32_reference import Fp32Reference
-from fastpref.models.loading import model_dir_of, unet_fingerprint
+from fastpref.models.fused_ops import fuses
+from fastpref.models.loading import model_dir_of, resolve_device, unet_fingerprint
 from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.policy import Policy, autocasts, load_reference
 from fastpref.models.time_ids import target_time_ids
@@ -62,8 +63,9 @@ def ledger_of(config: Config, model_dir: Path, store: Store, sampler: Sampler, s
         size_conditioning=sizes_told(config, store),
         micro_batch_size=config.micro_batch if rounded else None,
         autocast=autocasts(config) if half else None,
+        fused_ops=fuses(config.fused_ops, resolve_device(config.device)) if rounded else None,
         ledger_precision=config.ledger_precision if half else None,
-        **{name: getattr(config, name) for name in (*own, *(("attention", "fused_ops", "compile") if rounded else ()))},
+        **{name: getattr(config, name) for name in (*own, *(("attention", "compile") if rounded else ()))},
     )
     return Ledger(store.path, facts, sampler.batches_per_epoch)
 

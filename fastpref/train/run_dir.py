@@ -28,7 +28,7 @@ FREE_ON_RESUME = frozenset([
     "vae_precision", "max_skipped_steps", "engine", "zero_stage", "deepspeed", "rank_timeout",
     "decode_batch_size", "rollout_batch_size", "eval_timesteps",
     "eval_target_images", "eval_base_images", "eval_style", "eval_clip", "compile", "cuda_graphs", "profile",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "fused_ops",
 ])
 # fmt: on
 _STEPWISE = frozenset(["guidance_scale", "sample_steps", "resolution", "records", "clip", "vae_precision"])
