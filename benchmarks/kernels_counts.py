@@ -18,7 +18,7 @@ import interpreter  # isort: skip  # on the path by kernels_workloads
 from eager import Eager  # isort: skip
 from gpu.workloads import gradients, leaves
 
-from fastpref_kernels import _dispatch
+from fastpref_kernels.common import dispatch
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
@@ -44,7 +44,7 @@ def count(w: Workload, form: str) -> dict[str, Any]:
     dtype = torch.float32 if form == "eager fp32" else torch.bfloat16
     inputs = leaves(w.make(w.shape, dtype, "cpu"), w.wrt)
     if form == "fastpref":
-        with _dispatch.triton_on_cpu():
+        with dispatch.triton_on_cpu():
             with interpreter.traffic() as launches:
                 both(w, w.run, inputs)
             peak = peak_bytes(lambda: both(w, w.run, inputs))

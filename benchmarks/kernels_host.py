@@ -15,7 +15,7 @@ import torch
 from kernels_cpu import NAMES, step_of
 from kernels_workloads import WORKLOADS, text
 
-from fastpref_kernels import _operator
+from fastpref_kernels.common import operator as _operator
 
 from gpu.workloads import leaves  # isort: skip  # on the path by kernels_workloads
 

@@ -66,7 +66,7 @@ _SEVERAL: dict[str, tuple[int, int]] = {
     "_scaled_dot_product_flash_attention_for_cpu_backward": (3, 1),  # rows of dO·O; dQ, dK, dV; dQ to 16 bits
     "slice_backward": (2, 1),  # zeros, then a copy into them
     "select_backward": (2, 1),
-    "group_norm_silu": (3, 2),  # kernels/fastpref_kernels/group_norm_silu.py: moments, groups, normalisation
+    "group_norm_silu": (3, 2),  # kernels/fastpref_kernels/group_norm_silu: moments, groups, normalisation
     "group_norm_silu_backward": (3, 2),
 }
 

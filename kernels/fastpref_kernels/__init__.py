@@ -1,12 +1,13 @@
 """Fused kernels for preference alignment of diffusion models: Triton on GPUs, chunked torch on CPUs."""
 
-from ._keys import PURPOSES, derive_keys, keyed_uniform_u32
-from ._targets import KeyedNoise, KeyedVelocity
-from .ddim_pool import DDIMPool, ddim_pool_step, predict_x0
-from .dpo_loss import PairwiseLoss, dpo_loss
+from .common.keys import PURPOSES, derive_keys, keyed_uniform_u32
+from .common.pairwise import PairwiseLoss
+from .ddim_pool_step import DDIMPool, ddim_pool_step, predict_x0
+from .dpo_loss import dpo_loss
 from .geglu import geglu
 from .group_norm_silu import group_norm_silu
 from .implicit_reward import ImplicitReward, implicit_reward, implicit_reward_parts
+from .implicit_reward.targets import KeyedNoise, KeyedVelocity
 from .keyed_noise import add_keyed_noise, keyed_noise
 from .lora_linear import lora_linear
 from .paired_preference_loss import PairedPreferenceLoss, paired_preference_loss
@@ -14,8 +15,23 @@ from .patch import MEMORY_BOUND, PatchCounts, patch_unet, unpatch_unet
 from .rpo_loss import rpo_loss
 from .transition_loss import TransitionLoss, transition_loss
 
+# The ops, a folder each: tests, workloads, byte tables, planted faults and the README's table are made of these.
+OPERATORS = (
+    "implicit_reward",
+    "paired_preference_loss",
+    "dpo_loss",
+    "rpo_loss",
+    "keyed_noise",
+    "ddim_pool_step",
+    "transition_loss",
+    "group_norm_silu",
+    "geglu",
+    "lora_linear",
+)
+
 __all__ = [
     "MEMORY_BOUND",
+    "OPERATORS",
     "PURPOSES",
     "DDIMPool",
     "ImplicitReward",

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._memory_format import layout
-from ._operator import OPERATORS, Operator
+from .common.memory_format import layout
+from .common.operator import REGISTERED, Operator
 from .geglu import geglu
 from .group_norm_silu import group_norm_silu
 from .lora_linear import lora_linear
 
 # Of a patched UNet what multiplies no matrices, as a mode of torch.overrides sees it.
-MEMORY_BOUND: frozenset[Operator] = frozenset(OPERATORS[name] for name in ("geglu", "group_norm_silu"))
+MEMORY_BOUND: frozenset[Operator] = frozenset(REGISTERED[name] for name in ("geglu", "group_norm_silu"))
 
 
 class PatchCounts(NamedTuple):

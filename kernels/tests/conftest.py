@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # interpreter, reference and tol
 import pytest
 import torch
 
-from fastpref_kernels import _dispatch
+from fastpref_kernels.common import dispatch
 
 WHERE = os.environ.get("KERNELS_ON", "interpreter")
 if WHERE == "lanes":
@@ -27,11 +27,11 @@ if WHERE == "lanes":
 
     collect_ignore = ["test_interpreter.py", "execution/test_execution.py", "gpu", "mutation", "static"]
     driver.install()
-    _dispatch.INTERPRETED = True  # in triton_on_cpu() only: CPU tensors may take the Triton path
+    dispatch.INTERPRETED = True  # in triton_on_cpu() only: CPU tensors may take the Triton path
 elif WHERE == "interpreter":
     import interpreter
 
-    if not _dispatch.INTERPRETED:
+    if not dispatch.INTERPRETED:
         raise RuntimeError("fastpref_kernels is already imported: set TRITON_INTERPRET=1 before pytest starts")
     collect_ignore = ["execution/test_lanes.py"]
     interpreter.install()
@@ -63,14 +63,14 @@ def _launches(item: pytest.Function) -> bool:
 @pytest.fixture(params=["triton"] if WHERE == "lanes" else ["cpu", "triton"])
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test on the CPU path and on the kernels."""
-    with _dispatch.triton_on_cpu() if request.param == "triton" else nullcontext():
+    with dispatch.triton_on_cpu() if request.param == "triton" else nullcontext():
         yield request.param
 
 
 @pytest.fixture
 def triton_path() -> Iterator[None]:
     """CPU tensors take the kernels, interpreted or executed lane by lane."""
-    with _dispatch.triton_on_cpu():
+    with dispatch.triton_on_cpu():
         yield
 
 

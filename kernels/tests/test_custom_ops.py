@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import samples
+from cases.case import ALPHAS_CUMPROD, tensor
 
 from fastpref_kernels import (
     add_keyed_noise,
@@ -23,92 +25,10 @@ from fastpref_kernels import (
     transition_loss,
 )
 
-OPS = torch.ops.fastpref_kernels
-ALPHAS_CUMPROD = torch.linspace(0.99, 0.01, 100)
-
-
-def tensor(*shape: int, grad: bool = False, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, dtype=dtype, requires_grad=grad)
-
-
-def transition_samples() -> dict[str, tuple]:
-    """The ops on DDIM transitions, with timesteps as numbers and by row, with and without guidance."""
-    bf16, latent = torch.bfloat16, (2, 3, 5)
-    rows, numbers = (torch.tensor([50, 98]), torch.tensor([0, 49]), -1, 0), (None, None, 50, 0)
-    settings = (5.0, 0.5, -1.0, False)
-    keys = torch.arange(6).view(2, 3)
-    pool = (tensor(*latent, grad=True), tensor(*latent, grad=True))
-    step = (*[tensor(*latent)] * 3, ALPHAS_CUMPROD, *numbers, *settings)
-    stacked = (tensor(4, 3, 5, grad=True, dtype=bf16), tensor(4, 3, 5, grad=True), *[tensor(4, 3, 5)] * 3)
-    return {
-        "ddim_pool_step": (*pool, tensor(*latent, grad=True, dtype=bf16), keys, ALPHAS_CUMPROD, *rows, *settings),
-        "ddim_pool_step[plain]": (*pool, None, keys, ALPHAS_CUMPROD, *numbers, *settings),
-        "ddim_pool_step_backward": (
-            *(tensor(2, 3, 3, 5), tensor(*latent), ALPHAS_CUMPROD, *rows, *settings),
-            *(torch.float32, bf16, None),
-        ),
-        "transition_loss": (*stacked, *[tensor(*latent)] * 2, ALPHAS_CUMPROD, *rows, *settings, 10.0, -0.1, 0.1),
-        "transition_loss[plain]": (tensor(*latent, grad=True), None, tensor(*latent), None, *step, 10.0, -0.1, 0.1),
-        "transition_loss_backward": (tensor(), tensor(2, 2), tensor(*latent, dtype=bf16), tensor(*latent), *step),
-    }
-
-
-def unet_samples() -> dict[str, tuple]:
-    """The layers of the UNet, with the outputs that their forward saves for the backward."""
-    bf16, x, weight, bias = torch.bfloat16, tensor(2, 6, 3, 5), tensor(6), tensor(6)
-    last = tensor(2, 6, 3, 5, dtype=bf16).to(memory_format=torch.channels_last)
-    saved = OPS.group_norm_silu(x, 3, weight, bias, 1e-5, True)[1:]
-    loras = tensor(2, 6, grad=True), tensor(4, 2, grad=True)
-    return {
-        "group_norm_silu": (tensor(2, 6, 3, 5, grad=True), 3, tensor(6, grad=True), tensor(6, grad=True), 1e-5, True),
-        "group_norm_silu[last]": (last.requires_grad_(), 2, tensor(6), tensor(6), 1e-5, True),
-        "group_norm_silu_backward": (tensor(2, 6, 3, 5), x, 3, weight, bias, *saved, True),
-        "geglu": (tensor(2, 3, 10, grad=True, dtype=bf16),),
-        "geglu_backward": (tensor(2, 3, 5), tensor(2, 3, 10)),
-        "lora_linear": (tensor(3, 2, 6, grad=True), tensor(4, 6), tensor(4), *loras, 0.5, False),
-        "lora_linear[mixed]": (tensor(3, 6, dtype=bf16), tensor(4, 6, dtype=bf16), None, *loras, 0.5, False),
-        "lora_linear_backward": (
-            tensor(3, 4),
-            tensor(3, 6),
-            tensor(4, 6),
-            tensor(2, 6),
-            tensor(4, 2),
-            tensor(3, 2),
-            0.5,
-            True,
-            True,
-            True,
-        ),
-    }
-
-
-def samples() -> dict[str, tuple]:
-    bf16 = torch.bfloat16
-    keys, timesteps = torch.arange(4), torch.tensor([1, 50, 98, 99])
-    rewards, embeddings = (tensor(4, grad=True), tensor(4, grad=True)), (tensor(4, 3), tensor(4, 3))
-    return {
-        "implicit_reward": (tensor(4, 3, 5, grad=True), tensor(4, 3, 5), *[None] * 3, tensor(4, 3, 5), None, True),
-        "implicit_reward[noise]": (tensor(4, 6, grad=True, dtype=bf16), None, keys, *[None] * 3, tensor(4), False),
-        "implicit_reward[velocity]": (
-            *(tensor(4, 6, grad=True), tensor(4, 6), keys, timesteps, ALPHAS_CUMPROD),
-            *(None, tensor(4), False),
-        ),
-        "implicit_reward_backward": (tensor(4), torch.tensor(2.0), tensor(4, 6, dtype=bf16), tensor(4, 6), *[None] * 3),
-        "implicit_reward_backward[noise]": (tensor(4), None, tensor(4, 6, dtype=bf16), None, keys, None, None),
-        "dpo_loss": (*rewards, 2.0, 0.1),
-        "rpo_loss": (*rewards, *embeddings, 2.0, 0.5, "outside", 2),
-        "rpo_loss[uniform]": (*rewards, None, None, 2.0, 0.5, "uniform", 1),
-        "keyed_noise": (keys, [3, 5], bf16),
-        "add_keyed_noise": (tensor(4, 3, 5, grad=True), keys, timesteps, ALPHAS_CUMPROD),
-        "add_keyed_noise_backward": (tensor(4, 3, 5), keys, timesteps, ALPHAS_CUMPROD),
-        **transition_samples(),
-        **unet_samples(),
-    }
-
 
 @pytest.mark.parametrize("name", samples())
 def test_opcheck(name: str) -> None:
-    torch.library.opcheck(getattr(OPS, name.split("[")[0]).default, samples()[name])
+    torch.library.opcheck(getattr(torch.ops.fastpref_kernels, name.split("[")[0]).default, samples()[name])
 
 
 def loss_of(pred: torch.Tensor, target: torch.Tensor, ref_pred: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 import torch
 from interpreter import only, traffic
-from reference import ddim_pool as pool_oracle
+from reference import ddim_pool_step as pool_oracle
 from reference import keyed_noise as noise_oracle
 from reference import transition_loss as oracle
 from tolerances import assert_close
 from transitions import ALPHAS_CUMPROD, TransitionBatch, keys_for, pool_batch
 
-from fastpref_kernels import _ddim_pool_kernels as pool_kernels
-from fastpref_kernels import _dispatch, ddim_pool_step, transition_loss
-from fastpref_kernels import _transition_launch as loss_launch
-from fastpref_kernels._ddim import Step
+from fastpref_kernels import ddim_pool_step, transition_loss
+from fastpref_kernels.common import dispatch
+from fastpref_kernels.common.ddim import Step
+from fastpref_kernels.ddim_pool_step import triton as pool_kernels
+from fastpref_kernels.transition_loss import triton as loss_launch
 
 
 @pytest.mark.parametrize(("with_guidance", "k"), [(True, 4), (False, 1), (True, 0)])
@@ -24,7 +25,7 @@ def test_pool_bytes_per_element(with_guidance: bool, k: int) -> None:
     x_t, cond, uncond = pool_batch((2, 512), torch.bfloat16)
     second, less = (uncond, 0) if with_guidance else (None, 2)
     leaves = [x.requires_grad_() for x in (x_t, cond, second) if x is not None]
-    with _dispatch.triton_on_cpu(), traffic() as launches:
+    with dispatch.triton_on_cpu(), traffic() as launches:
         pool = ddim_pool_step(x_t, cond, second, keys_for(3, k), ALPHAS_CUMPROD, 501, 451, guidance_scale=5.0)
         (pool.x0.sum() + pool.candidates.sum()).backward()
     assert all(x.grad is not None for x in leaves)
@@ -42,7 +43,7 @@ def test_pool_offsets_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> Non
     row = torch.from_numpy(np.zeros(2**31 + 100, np.int16)).view(torch.bfloat16)[None]
     row[:, -100:] = torch.randn(100)
     step = Step(None, None, 501, 451, 1.0, 1.0, -1.0, False)
-    with _dispatch.triton_on_cpu(), only(lambda program: program[0] == 2048):
+    with dispatch.triton_on_cpu(), only(lambda program: program[0] == 2048):
         candidates, x0 = pool_kernels.launch_forward(row, row, None, torch.tensor([[5]]), ALPHAS_CUMPROD, step)
         grads = pool_kernels.launch_backward(row[None], row, ALPHAS_CUMPROD, step, [torch.float32, torch.bfloat16])
     tail = row[:, -100:].double().requires_grad_()
@@ -64,7 +65,7 @@ def test_pool_rows_far_apart() -> None:
     x_t, cond, _ = pool_batch((30,), torch.bfloat16, 40)
     keys = keys_for(40, 1)
     spread = torch.from_numpy(np.zeros(39 * 2**26 + 30, np.int16)).view(torch.bfloat16).as_strided((40, 30), (2**26, 1))
-    with _dispatch.triton_on_cpu(), only(lambda program: program[0] in (0, 31, 32, 39)):
+    with dispatch.triton_on_cpu(), only(lambda program: program[0] in (0, 31, 32, 39)):
         pools = [
             ddim_pool_step(*tensors, None, keys, ALPHAS_CUMPROD, 501, 451, guidance_scale=1.0)
             for tensors in [(x_t, cond), (spread.copy_(x_t), cond)]
@@ -96,7 +97,7 @@ def test_loss_bytes_per_element(stacked: bool, with_guidance: bool, forward: int
     batch = TransitionBatch((2, 512), torch.bfloat16, stacked=stacked, with_guidance=with_guidance)
     elements, rows = batch.x_t.numel(), batch.x_t.shape[0]
     latents, step = (batch.x_t, batch.x_w, batch.x_l), Step(None, None, 501, 451, 5.0, 1.0, -1.0, False)
-    with _dispatch.triton_on_cpu(), traffic() as launches:
+    with dispatch.triton_on_cpu(), traffic() as launches:
         loss_launch.launch_forward((*batch.policy, *batch.reference), latents, ALPHAS_CUMPROD, step, 10.0, -0.1, 0.1)
         for slopes in ([-0.5, 0.5], [0.0, 0.5], [0.0, 0.0]):
             rows_of_slopes = torch.tensor(slopes).unsqueeze(1).expand(2, batch.pairs).contiguous()
@@ -129,7 +130,7 @@ def test_loss_offsets_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> Non
         100 / (2**31 + 100) * (oracle.log_likelihood(x[None], *args) - oracle.log_likelihood(x[None], *zero))
         for x in tails[2:]
     ]
-    with _dispatch.triton_on_cpu(), only(lambda program: program in [(0, 0, 0), (0, 2048, 0), (2048, 0, 0)]):
+    with dispatch.triton_on_cpu(), only(lambda program: program in [(0, 0, 0), (0, 2048, 0), (2048, 0, 0)]):
         reference = far(torch.zeros(1).bfloat16())
         found = loss_launch.launch_forward(
             (cond, None, reference, None), latents, ALPHAS_CUMPROD, step, 10.0, -9.0, 9.0
@@ -148,7 +149,7 @@ def test_loss_rows_far_apart() -> None:
     """40 rows of predictions 2^26 elements apart: row times stride passes 2^31, either alone does not."""
     batch = TransitionBatch((30,), torch.bfloat16, pairs=40, with_guidance=False)
     spread = torch.from_numpy(np.zeros(39 * 2**26 + 30, np.int16)).view(torch.bfloat16).as_strided((40, 30), (2**26, 1))
-    with _dispatch.triton_on_cpu(), only(lambda program: True):
+    with dispatch.triton_on_cpu(), only(lambda program: True):
         expected = transition_loss(*batch.arguments(), guidance_scale=5.0)
         for group in (batch.policy, batch.reference):
             packed, group[0] = group[0], spread.copy_(group[0])

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 from itertools import product
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from reference import group_norm_silu as oracle
 from tolerances import TOLERANCES, assert_close
 
 from fastpref_kernels import group_norm_silu
-
-module = importlib.import_module("fastpref_kernels.group_norm_silu")  # the name in the package is the function
+from fastpref_kernels.group_norm_silu import torch as torch_path
+from fastpref_kernels.group_norm_silu import triton as launches
 
 # (input, groups): one position, odd sizes, groups across blocks of channels, more than one tile
 SHAPES = [((1, 2, 2), 1), ((3, 6, 7), 2), ((2, 9, 11, 7), 3), ((2, 70, 2, 3, 5), 7), ((1, 4, 19, 17), 4)]
@@ -71,8 +70,8 @@ def test_worked_by_hand(path: str) -> None:
 
 def test_many_tiles_and_chunks(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """1,100 positions: five tiles of 256 make three chunks, the last of one tile that is not full."""
-    monkeypatch.setattr(module, "_MAX_CHUNKS", 4)
-    assert module._plan(False, 1100) == ("first", 2, 3)
+    monkeypatch.setattr(launches, "_MAX_CHUNKS", 4)
+    assert launches._plan(False, 1100) == ("first", 2, 3)
     x = torch.randn(1, 2, 1100, requires_grad=True)
     exact = x.detach().double().requires_grad_()
     out, expected = group_norm_silu(x, 1), oracle.group_norm_silu(exact, 1, None, None, 1e-5)
@@ -92,7 +91,7 @@ def test_cpu_path_takes_half_types_in_chunks(chunk: int, last: bool, monkeypatch
     x, weight, bias, grad = torch.randn(5, 12, 4, 5), torch.randn(12), torch.randn(12), torch.randn(5, 12, 4, 5)
     results = []
     for size in (chunk, 1 << 18):
-        monkeypatch.setattr(module.torch_path, "_CHUNK", size)
+        monkeypatch.setattr(torch_path, "_CHUNK", size)
         leaves = [t.bfloat16().requires_grad_() for t in (channels_last(x) if last else x, weight, bias)]
         out = group_norm_silu(leaves[0], 6, *leaves[1:])
         results.append((out, *torch.autograd.grad(out, leaves, grad.bfloat16())))

@@ -7,7 +7,7 @@ import torch
 from interpreter import Launch, bf16_to_fp32, fp32_to_bf16, only, traffic
 from triton.runtime.errors import InterpreterError
 
-from fastpref_kernels._dispatch import jit, tl
+from fastpref_kernels.common.dispatch import jit, tl
 
 
 @jit

@@ -10,14 +10,15 @@ from reference import keyed_noise as oracle
 from sparse import FAR, far_rows
 from tolerances import TOLERANCES, assert_close
 
-from fastpref_kernels import PURPOSES, _dispatch, add_keyed_noise, derive_keys, keyed_noise, keyed_uniform_u32
-from fastpref_kernels._philox import _box_muller, _normals, _philox4x32
-from fastpref_kernels.cpu.keyed_noise import _box_muller as cpu_box_muller
-from fastpref_kernels.cpu.keyed_noise import normals as cpu_normals
-from fastpref_kernels.cpu.keyed_noise import philox4x32
-from fastpref_kernels.keyed_noise import _BLOCK, _keyed_noise_kernel
+from fastpref_kernels import PURPOSES, add_keyed_noise, derive_keys, keyed_noise, keyed_uniform_u32
+from fastpref_kernels.common import dispatch
+from fastpref_kernels.common.philox import _box_muller, _normals, _philox4x32
+from fastpref_kernels.common.philox_torch import philox4x32
+from fastpref_kernels.keyed_noise.torch import _box_muller as cpu_box_muller
+from fastpref_kernels.keyed_noise.torch import normals as cpu_normals
+from fastpref_kernels.keyed_noise.triton import _BLOCK, _keyed_noise_kernel
 
-triton, tl, jit = _dispatch.triton, _dispatch.tl, _dispatch.jit
+triton, tl, jit = dispatch.triton, dispatch.tl, dispatch.jit
 
 # Known-answer vectors of Random123 for philox4x32-10: counter, key, result
 KNOWN = [
@@ -121,7 +122,7 @@ def test_noise_matches_oracle(path: str, shape: tuple[int, ...]) -> None:
 def test_paths_agree() -> None:
     keys = derive_keys(1, 2, torch.arange(8), 0, "noise")
     on_cpu = keyed_noise(keys, (4, 64, 64), torch.float32)
-    with _dispatch.triton_on_cpu():
+    with dispatch.triton_on_cpu():
         interpreted = keyed_noise(keys, (4, 64, 64), torch.float32)
     assert (on_cpu - interpreted).abs().max() < 1e-6
 

@@ -12,9 +12,10 @@ from reference import keyed_noise as noise_oracle
 from sparse import FAR, far_rows
 from tolerances import assert_close
 
-from fastpref_kernels import KeyedNoise, KeyedVelocity, _dispatch, implicit_reward, implicit_reward_parts, keyed_noise
-from fastpref_kernels._reward_launch import block, split
-from fastpref_kernels._strides import layout_of
+from fastpref_kernels import KeyedNoise, KeyedVelocity, implicit_reward, implicit_reward_parts, keyed_noise
+from fastpref_kernels.common import dispatch
+from fastpref_kernels.common.strides import layout_of
+from fastpref_kernels.implicit_reward.triton import block, split
 
 ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
 KEYS = torch.tensor([7, -3, 0x299F31D0_A4093822, 11])
@@ -143,7 +144,7 @@ def test_bytes_per_element(kind: str, reference: str, forward: int, backward: in
         target = KeyedVelocity(KEYS, x0, TIMESTEPS, ALPHAS_CUMPROD)
     pred = torch.randn(shape).bfloat16().requires_grad_()
     given = {"ref_pred": torch.randn(shape).bfloat16()} if reference == "ref_pred" else {"ref_error": torch.rand(4)}
-    with _dispatch.triton_on_cpu(), traffic() as launches:
+    with dispatch.triton_on_cpu(), traffic() as launches:
         implicit_reward(pred, target, **given).sum().backward()
     assert [launch.kernel for launch in launches] == [
         "_implicit_reward_chunk_kernel",

@@ -9,7 +9,8 @@ import pytest
 import torch
 from interpreter import only
 
-from fastpref_kernels import _dispatch, add_keyed_noise, ddim_pool_step, derive_keys, keyed_noise
+from fastpref_kernels import add_keyed_noise, ddim_pool_step, derive_keys, keyed_noise
+from fastpref_kernels.common import dispatch
 
 ROW, BLOCK = 1 << 26, 1 << 12  # elements of a row, of which the 33rd begins at 2^31; Philox blocks of a program
 
@@ -20,7 +21,7 @@ def test_candidates_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     row = torch.from_numpy(np.zeros(2**30 + 64, np.int16)).view(torch.bfloat16)[None]
     row[:, :100] = torch.randn(100)
     keys, alphas = derive_keys(0, 0, torch.arange(3), 0, "sample")[None], torch.linspace(0.99, 0.01, 1000)
-    with _dispatch.triton_on_cpu():
+    with dispatch.triton_on_cpu():
         expected = ddim_pool_step(
             row[:, :100].clone(), row[:, :100].clone(), None, keys, alphas, 501, 451, guidance_scale=1.0
         )
@@ -38,9 +39,9 @@ def last_row_begins(program: tuple[int, ...]) -> bool:
 def test_noise_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last row of the output begins at 2^31; what no program writes is never touched."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    monkeypatch.setattr(sys.modules["fastpref_kernels.keyed_noise"], "_BLOCK", BLOCK)
+    monkeypatch.setattr(sys.modules["fastpref_kernels.keyed_noise.triton"], "_BLOCK", BLOCK)
     keys = derive_keys(0, 0, torch.arange(33), 0, "noise")
-    with _dispatch.triton_on_cpu():
+    with dispatch.triton_on_cpu():
         expected = keyed_noise(keys[-1:], (100,), torch.bfloat16)
         with only(last_row_begins):
             noise = keyed_noise(keys, (ROW,), torch.bfloat16)
@@ -50,11 +51,11 @@ def test_noise_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_added_noise_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for x_t; of x0 only one row is there, read 33 times."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    monkeypatch.setattr(sys.modules["fastpref_kernels.keyed_noise"], "_BLOCK", BLOCK)
+    monkeypatch.setattr(sys.modules["fastpref_kernels.keyed_noise.triton"], "_BLOCK", BLOCK)
     keys, timesteps = derive_keys(0, 0, torch.arange(33), 0, "noise"), torch.arange(0, 990, 30)
     alphas, row = torch.linspace(0.99, 0.01, 1000), torch.from_numpy(np.zeros(ROW, np.int16)).view(torch.bfloat16)
     row[:100] = torch.randn(100)
-    with _dispatch.triton_on_cpu():
+    with dispatch.triton_on_cpu():
         expected = add_keyed_noise(row[None, :100], keys[-1:], timesteps[-1:], alphas)
         with only(last_row_begins):
             x_t = add_keyed_noise(row.expand(33, ROW), keys, timesteps, alphas)

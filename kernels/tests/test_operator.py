@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_custom_ops import samples
+from cases import samples
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastpref_kernels._operator import OPERATORS
+from fastpref_kernels.common.operator import REGISTERED
 
 
 def outputs_of(op: Any, arguments: tuple) -> list[torch.Tensor]:
@@ -27,12 +27,12 @@ def outputs_of(op: Any, arguments: tuple) -> list[torch.Tensor]:
 
 
 def test_every_op_has_a_sample() -> None:
-    assert {*OPERATORS} == {name.split("[")[0] for name in samples()} | {"paired_preference_loss"}
+    assert {*REGISTERED} == {name.split("[")[0] for name in samples()}
 
 
 @pytest.mark.parametrize("name", samples())
 def test_both_forms_agree_bit_for_bit(path: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    op, arguments = OPERATORS[name.split("[")[0]], samples()[name]
+    op, arguments = REGISTERED[name.split("[")[0]], samples()[name]
     expected = outputs_of(op.registered, arguments)
     monkeypatch.setattr(op, "registered", None)  # eager code does not come by it
     found = outputs_of(op, arguments)
@@ -43,7 +43,7 @@ def test_both_forms_agree_bit_for_bit(path: str, name: str, monkeypatch: pytest.
 
 
 def test_whatever_traces_sees_one_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    op, seen = OPERATORS["geglu"], []
+    op, seen = REGISTERED["geglu"], []
     of_torch = op.registered
     monkeypatch.setattr(op, "registered", lambda *x: (seen.append(len(x)), of_torch(*x))[1])
     monkeypatch.setattr(op, "plain", None)
@@ -61,14 +61,14 @@ def test_whatever_traces_sees_one_op(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_profiler_shows_the_op_by_its_name() -> None:
     hidden = torch.randn(3, 8, requires_grad=True)
     with torch.profiler.profile() as profiler:
-        OPERATORS["geglu"](hidden).sum().backward()
+        REGISTERED["geglu"](hidden).sum().backward()
     counts = {event.key: event.count for event in profiler.key_averages()}
     assert counts["fastpref_kernels::geglu"] == counts["fastpref_kernels::geglu_backward"] == 1
 
 
 def test_a_second_derivative_is_refused() -> None:
     hidden = torch.randn(3, 8, requires_grad=True)
-    (grad,) = torch.autograd.grad(OPERATORS["geglu"](hidden).sum(), hidden, create_graph=True)
+    (grad,) = torch.autograd.grad(REGISTERED["geglu"](hidden).sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="geglu_backward"):
         torch.autograd.grad(grad.sum(), hidden)
 
@@ -76,4 +76,4 @@ def test_a_second_derivative_is_refused() -> None:
 def test_an_op_without_a_gradient_says_so() -> None:
     grad, hidden = torch.randn(3, 4, requires_grad=True), torch.randn(3, 8)
     with pytest.raises(RuntimeError, match="geglu_backward"):
-        OPERATORS["geglu_backward"](grad, hidden).sum().backward()
+        REGISTERED["geglu_backward"](grad, hidden).sum().backward()

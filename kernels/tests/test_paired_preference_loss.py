@@ -12,8 +12,9 @@ from tolerances import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import GridExecutor
 
-from fastpref_kernels import KeyedNoise, KeyedVelocity, _dispatch, dpo_loss, implicit_reward, rpo_loss
+from fastpref_kernels import KeyedNoise, KeyedVelocity, dpo_loss, implicit_reward, rpo_loss
 from fastpref_kernels import paired_preference_loss as fused
+from fastpref_kernels.common import dispatch
 
 ALPHAS_CUMPROD = torch.linspace(0.99, 0.01, 100)
 RPO = {"kind": "rpo", "temperature": 0.3}
@@ -155,7 +156,7 @@ def test_launches_forward_and_backward(monkeypatch: pytest.MonkeyPatch, name: st
         monkeypatch.setattr(ops[package + module], name_, watched(getattr(ops[package + module], name_)))
     monkeypatch.setattr(GridExecutor, "__call__", unwatched(GridExecutor.__call__))
     pred, ref_pred, target = inputs(6)
-    with _dispatch.triton_on_cpu(), traffic() as launches:
+    with dispatch.triton_on_cpu(), traffic() as launches:
         fused(pred.requires_grad_(), ref_pred, target, beta=20.0, **contrasts(name, 6)).loss.backward()
     assert len(launches) == count <= 4
     assert calls.names == []

@@ -8,7 +8,7 @@ from reference import rpo_loss as oracle
 from tolerances import assert_close, softmax_rounding, sum_rounding
 
 from fastpref_kernels import PairwiseLoss, dpo_loss, rpo_loss
-from fastpref_kernels.cpu import rpo_loss as cpu_rpo_loss
+from fastpref_kernels.rpo_loss import torch as torch_path
 
 WEIGHTS = ["outside", "inside", "uniform"]
 
@@ -70,7 +70,7 @@ def test_contrast_groups(path: str, group_size: int, weight: str) -> None:
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("tile", [1, 50, 1000])
 def test_any_tile_gives_the_same(monkeypatch: pytest.MonkeyPatch, tile: int, weight: str) -> None:
-    monkeypatch.setattr(cpu_rpo_loss, "_TILE", tile)
+    monkeypatch.setattr(torch_path, "_TILE", tile)
     inputs = [torch.randn(30, *shape, dtype=torch.float64) for shape in ((), (), (6,), (6,))]
     check(*inputs, beta=2.0, temperature=0.4, weight=weight)
     check(*inputs, beta=2.0, temperature=0.4, weight=weight, group_size=6)

@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 from reference import transition_loss as oracle
-from reference.ddim_pool import ddim_step
+from reference.ddim_pool_step import ddim_step
 from reference.dpo_loss import share_won
 from tolerances import assert_close
 from transitions import ALPHAS_CUMPROD, DTYPES, TransitionBatch
 
-from fastpref_kernels import _dispatch, _transition_launch, transition_loss
-from fastpref_kernels._ddim import PER_ROW, Step
-from fastpref_kernels._transition_launch import launch_forward
+from fastpref_kernels import transition_loss
+from fastpref_kernels.common import dispatch
+from fastpref_kernels.common.ddim import PER_ROW, Step
+from fastpref_kernels.transition_loss import triton as launches
 
 SHAPES = [(1,), (3, 7, 5), (4, 16, 16), (2, 24, 25)]
 
@@ -298,19 +299,19 @@ def test_kernel_gives_nan_for_timesteps_out_of_range() -> None:
         torch.tensor([-1, 1000, 50, 50, 50]), torch.tensor([-2, 9, 50, 51, 49]), PER_ROW, 0, 5.0, 1.0, -1.0, False
     )
     inputs = (tuple(batch.policy + batch.reference), (batch.x_t, batch.x_w, batch.x_l), ALPHAS_CUMPROD, step)
-    with _dispatch.triton_on_cpu():
-        _, ratio_w, ratio_l, *_ = launch_forward(*inputs, 10.0, -0.1, 0.1)
+    with dispatch.triton_on_cpu():
+        _, ratio_w, ratio_l, *_ = launches.launch_forward(*inputs, 10.0, -0.1, 0.1)
     for ratio in (ratio_w, ratio_l):
         assert ratio.isnan().tolist() == [True] * 4 + [False]
 
 
 def test_many_chunks_of_several_blocks(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_transition_launch, "_MAX_CHUNKS", 4)
+    monkeypatch.setattr(launches, "_MAX_CHUNKS", 4)
     compare(TransitionBatch((9 * 1024 + 5,), pairs=2), clip=None)
 
 
 def test_more_pairs_than_a_tile_of_the_second_stage(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_transition_launch._PAIR_TILES, 16, 4)
+    monkeypatch.setitem(launches._PAIR_TILES, 16, 4)
     compare(TransitionBatch((2, 9), pairs=11))
 
 
@@ -328,7 +329,7 @@ def test_gradcheck() -> None:
 def test_paths_agree() -> None:
     batch = TransitionBatch((4, 32, 32))
     on_cpu = transition_loss(*batch.arguments(), guidance_scale=5.0)
-    with _dispatch.triton_on_cpu():
+    with dispatch.triton_on_cpu():
         interpreted = transition_loss(*batch.arguments(), guidance_scale=5.0)
     torch.testing.assert_close(tuple(on_cpu), tuple(interpreted), rtol=1e-6, atol=1e-7)
 

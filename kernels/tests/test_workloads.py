@@ -7,8 +7,11 @@ from importlib import import_module
 
 import interpreter
 import pytest
+import readme
 import torch
+from cases import rows
 from eager import Eager
+from gpu.plain import CANDIDATES
 from gpu.workloads import WORKLOADS, Workload, gradients, leaves
 
 import fastpref_kernels as fp
@@ -55,6 +58,20 @@ def test_bytes_are_those_of_the_docstring(triton_path: None, name: str) -> None:
     assert w.forward is not None and w.forward <= forward < 1.03 * w.forward
     if w.backward is not None:
         assert w.backward <= backward < 1.03 * w.backward
+
+
+def test_the_readme_has_the_bytes_of_the_workloads() -> None:
+    cells = {op: [r for r in rows() if r.op.startswith(f"`{op}(")] for op in {WORKLOADS[name].op for name in COUNTED}}
+    cells["implicit_reward"] += [row for row in rows() if row.op.startswith("the same with")]
+    for w in map(WORKLOADS.__getitem__, COUNTED):
+        for moved, column in ((w.forward, "forward"), (w.backward, "backward")):
+            said = " ".join(getattr(row, column) for row in cells[w.op])
+            said = re.sub(r"(\d+) \+ 2K", lambda m: str(int(m[1]) + 2 * CANDIDATES), said)
+            assert moved is None or f"{moved:g}" in re.findall(r"\d+", said), (w.name, column)
+
+
+def test_the_readme_s_table_of_ops_is_current() -> None:
+    assert readme.written("ops") == readme.ops_table(), "python kernels/tests/readme.py"
 
 
 def test_bytes_of_the_paired_loss(triton_path: None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from reference import transition_loss as oracle
-from reference.ddim_pool import ddim_step
+from reference.ddim_pool_step import ddim_step
 
 from fastpref_kernels import derive_keys
 

@@ -45,9 +45,9 @@ def test_the_two_forms_that_are_timed_are_the_two_forms_of_the_op(monkeypatch: p
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import kernels_host
 
-    from fastpref_kernels import _operator
+    from fastpref_kernels.common import operator as _operator
 
-    op, seen = _operator.OPERATORS["geglu"], []
+    op, seen = _operator.REGISTERED["geglu"], []
     registered = op.registered
     monkeypatch.setattr(op, "registered", lambda *x: (seen.append(len(x)), registered(*x))[1])
     monkeypatch.setattr(kernels_host, "ROUNDS", 2)

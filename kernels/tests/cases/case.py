@@ -1,9 +1,25 @@
-"""What the ahead-of-time gates need to know of a kernel: how a launcher calls it."""
+"""What a case says of its op: configurations, workloads, sample arguments, planted faults, rows of the README.
+
+The module of an op has `cases()`, `workloads()`, `samples()` (arguments of its custom ops by name, with a variant in
+brackets), `FAULTS` and `ROWS`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BF16 = torch.bfloat16
+ALPHAS_CUMPROD = torch.linspace(0.99, 0.01, 100)
+Inputs = dict[str, Any]
+
+
+def tensor(*shape: int, grad: bool = False, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype, requires_grad=grad)
 
 
 @dataclass(frozen=True)
@@ -30,3 +46,52 @@ class KernelCase:
         for name in self.wide:
             if not self.signature[name].startswith("*"):
                 raise ValueError(f"{self.name}: {name!r} is no pointer")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One op in one variant.
+
+    make(shape, dtype, device): inputs. run, eager (inputs -> outputs): the op, and plain torch in the inputs' dtypes.
+    wrt: inputs that get a gradient. per: the input or output size that bytes are counted for.
+    forward, backward: bytes per element at 16 bits, None where the op's docstring states none; stated: where it does.
+    """
+
+    op: str
+    variant: str
+    make: Callable[[tuple[int, ...], torch.dtype, str], Inputs]
+    run: Callable[[Inputs], tuple[Tensor, ...]]
+    eager: Callable[[Inputs], tuple[Tensor, ...]]
+    wrt: tuple[str, ...]
+    shape: tuple[int, ...]  # small, for tests
+    forward: float | None = None
+    backward: float | None = None
+    stated: str = ""
+    elements: Callable[[tuple[int, ...]], int] = field(default=lambda shape: int(torch.Size(shape).numel()))
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}[{self.variant}]" if self.variant else self.op
+
+
+class Fault(NamedTuple):
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]  # arguments of pytest, from kernels/tests
+
+
+def on(module: str, keywords: str) -> tuple[str, ...]:
+    """The tests of a module on the kernels, by keyword."""
+    return f"test_{module}.py", "-k", f"triton and ({keywords})"
+
+
+class Row(NamedTuple):
+    """A row of the README's table of ops; bytes are per element at 16 bits."""
+
+    op: str
+    value: str
+    gradient: str
+    forward: str = ""
+    backward: str = ""

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from fastpref_kernels import _reward_kernels as kernels
-from fastpref_kernels._reward_launch import block
+from typing import Any
 
-from .case import KernelCase
+import torch
+from gpu import plain
+from gpu.plain import Inputs
+from torch import Tensor
+
+import fastpref_kernels as fp
+from fastpref_kernels.implicit_reward import triton as kernels
+
+from .case import ALPHAS_CUMPROD, BF16, Fault, KernelCase, Row, Workload, on, tensor
 
 GEOMETRY = ("n_elements", "chunk_size", "n_timesteps", "size_1", "size_2")
 TARGETS = {
@@ -13,7 +20,7 @@ TARGETS = {
     "noise": {"KEYED": True, "VELOCITY": False},
     "velocity": {"KEYED": True, "VELOCITY": True},
 }
-SMALL, LARGE, STRIDED = block(256, False), block(1024, False), block(1024, True)
+SMALL, LARGE, STRIDED = kernels.block(256, False), kernels.block(1024, False), kernels.block(1024, True)
 
 
 def integers(third: str) -> dict[str, str]:
@@ -90,3 +97,187 @@ def cases() -> list[KernelCase]:
     for ref, ref_error in ((True, False), (False, True), (False, False)):
         found += [second_stage(ref, ref_error, cross, chunks) for cross in (False, True) for chunks in (128, 1024)]
     return found
+
+
+def _op_reward(i: Inputs, target: Any) -> tuple[Tensor, ...]:
+    return (fp.implicit_reward(i["pred"], target, i.get("ref_pred"), ref_error=i.get("ref_error")),)
+
+
+def _kept(i: Inputs) -> Any:
+    return fp.KeyedVelocity(i["keys"], i["x0"], i["timesteps"], i["alphas"])
+
+
+def workloads() -> list[Workload]:
+    found = []
+    for variant, more, forward in (("ref_pred", {}, (6, 4, 6)), ("ref_error", {"ref_error": plain.errors}, (4, 2, 4))):
+        names = ("pred", "ref_pred") if variant == "ref_pred" else ("pred",)
+        common = {"op": "implicit_reward", "wrt": ("pred",), "shape": (1, 4, 64, 128)}
+        velocity = {"keys": plain.keys, "timesteps": plain.timesteps, "alphas": plain.alphas}
+        found += [
+            Workload(
+                variant=f"tensor,{variant}",
+                make=plain.latents(*names, "target", **more),
+                run=lambda i: _op_reward(i, i["target"]),
+                eager=lambda i: plain.reward(i, i["target"]),
+                forward=forward[0],
+                backward=6,
+                stated="target tensor   6 (4)   6",
+                **common,
+            ),
+            Workload(
+                variant=f"noise,{variant}",
+                make=plain.latents(*names, keys=plain.keys, **more),
+                run=lambda i: _op_reward(i, fp.KeyedNoise(i["keys"])),
+                eager=lambda i: plain.reward(i, plain.noise(i, i["pred"])),
+                forward=forward[1],
+                backward=4,
+                stated="KeyedNoise   4 (2)   4",
+                **common,
+            ),
+            Workload(
+                variant=f"velocity,{variant}",
+                make=plain.latents(*names, "x0", **velocity, **more),
+                run=lambda i: _op_reward(i, _kept(i)),
+                eager=lambda i: plain.reward(i, plain.velocity(i["x0"], plain.noise(i, i["x0"]), i)),
+                forward=forward[2],
+                backward=6,
+                stated="KeyedVelocity   6 (4)   6",
+                **common,
+            ),
+        ]
+    return found
+
+
+def samples() -> dict[str, tuple]:
+    keys, timesteps = torch.arange(4), torch.tensor([1, 50, 98, 99])
+    return {
+        "implicit_reward": (tensor(4, 3, 5, grad=True), tensor(4, 3, 5), *[None] * 3, tensor(4, 3, 5), None, True),
+        "implicit_reward[noise]": (tensor(4, 6, grad=True, dtype=BF16), None, keys, *[None] * 3, tensor(4), False),
+        "implicit_reward[velocity]": (
+            *(tensor(4, 6, grad=True), tensor(4, 6), keys, timesteps, ALPHAS_CUMPROD),
+            *(None, tensor(4), False),
+        ),
+        "implicit_reward_backward": (tensor(4), torch.tensor(2.0), tensor(4, 6, dtype=BF16), tensor(4, 6), *[None] * 3),
+        "implicit_reward_backward[noise]": (tensor(4), None, tensor(4, 6, dtype=BF16), None, keys, None, None),
+    }
+
+
+ROWS = [
+    Row(
+        "`implicit_reward(pred, target, ref_pred=None, *, ref_error=None)`",
+        ("`mean((ref_pred - target)^2) - mean((pred - target)^2)` per row, exactly 0 where pred equals ref_pred"),
+        "to `pred`",
+        "6; 4 with `ref_error`",
+        "6",
+    ),
+    Row(
+        "the same with `target=KeyedNoise(keys)`",
+        "target is `keyed_noise(keys, ...)`, recomputed in registers",
+        "to `pred`",
+        "4; 2 with `ref_error`",
+        "4",
+    ),
+    Row(
+        "the same with `target=KeyedVelocity(keys, x0, timesteps, alphas_cumprod)`",
+        "target is `sqrt(abar) noise - sqrt(1 - abar) x0`",
+        "to `pred`",
+        "6; 4 with `ref_error`",
+        "6",
+    ),
+    Row(
+        "`implicit_reward_parts(..., cross=False)`",
+        "also `mean((pred - target)^2)` and, per pair, `mean(delta_w * delta_l)`",
+        "through `reward` only",
+        "the losers once more with `cross`",
+        "the same",
+    ),
+]
+
+REWARD = on("implicit_reward", "worked_by_hand or parts_match or (test_matches_oracle and float32 and 19)")
+SMALL_REWARD = on("implicit_reward", "test_matches_oracle and float32")
+MEMORY_ORDER = on("implicit_reward", "memory_order")
+WORKLOADS = ("test_workloads.py", "-k", "test_kernels_equal_eager_float64 and implicit_reward and noise")
+
+FAULTS = [
+    Fault(
+        "sign of a difference",
+        "implicit_reward/triton.py",
+        "(r - p) * ((r - t) + delta)",
+        "(p - r) * ((r - t) + delta)",
+        REWARD,
+    ),
+    Fault("a term subtracted", "implicit_reward/triton.py", "((r - t) + delta)", "((r - t) - delta)", REWARD),
+    Fault("error not squared", "implicit_reward/triton.py", "error += delta * delta", "error += tl.abs(delta)", REWARD),
+    Fault(
+        "mask one too wide",
+        "implicit_reward/triton.py",
+        "mask = (offset < n_elements) & (offset < start + chunk_size)  # not",
+        "mask = (offset <= n_elements) & (offset < start + chunk_size)  # not",
+        SMALL_REWARD,
+    ),
+    Fault(
+        "chunks overlap",
+        "implicit_reward/triton.py",
+        "& (offset < start + chunk_size)  # not a minimum",
+        "# not a minimum",
+        on("implicit_reward", "parts_match or many_chunks"),
+    ),
+    Fault("loser is the winner", "implicit_reward/triton.py", "tl.where(is_winner, row + n_pairs, row)", "row", REWARD),
+    Fault(
+        "a plane of the partial sums",
+        "implicit_reward/triton.py",
+        "tl.store(partial_ptr + plane + program, error)",
+        "tl.store(partial_ptr + program, error)",
+        REWARD,
+    ),
+    Fault(
+        "second stage drops a chunk",
+        "implicit_reward/triton.py",
+        "mask = chunk < n_chunks\n",
+        "mask = chunk < tl.maximum(n_chunks - 1, 1)\n",
+        on("implicit_reward", "parts_match"),
+    ),
+    Fault(
+        "sign of reference and policy",
+        "implicit_reward/triton.py",
+        ".to(tl.float32) - error",
+        ".to(tl.float32) + error",
+        SMALL_REWARD,
+    ),
+    Fault(
+        "missing factor 2",
+        "implicit_reward/triton.py",
+        "(-2.0 / tl.cast(n_elements",
+        "(-1.0 / tl.cast(n_elements",
+        REWARD,
+    ),
+    Fault(
+        "gradient of the wrong row",
+        "implicit_reward/triton.py",
+        "tl.load(grad_ptr + row * grad_stride)",
+        "tl.load(grad_ptr)",
+        REWARD,
+    ),
+    Fault("stride of the middle dimension", "common/strides.py", "* strides[2]", "* strides[1]", MEMORY_ORDER),
+    Fault(
+        "64-bit row offset",
+        "common/strides.py",
+        "start = row * strides[0]",
+        "start = (row * strides[0]).to(tl.int32)",
+        on("keyed_targets", "two_to_the_31"),
+    ),
+    Fault(
+        "noise of the next block",
+        "implicit_reward/targets.py",
+        "first // 4, BLOCK_SIZE // 4",
+        "first // 4 + 1, BLOCK_SIZE // 4",
+        WORKLOADS,
+    ),
+    Fault(
+        "scale and sigma swapped",
+        "implicit_reward/targets.py",
+        "schedule[1] * noise - schedule[2] * x0",
+        "schedule[2] * noise - schedule[1] * x0",
+        ("test_workloads.py", "-k", "test_kernels_equal_eager_float64 and velocity"),
+    ),
+]

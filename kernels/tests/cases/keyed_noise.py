@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from fastpref_kernels.keyed_noise import _BLOCK, _add_keyed_noise_kernel, _keyed_noise_kernel
+import torch
+from gpu import plain
 
-from .case import KernelCase
+import fastpref_kernels as fp
+from fastpref_kernels.keyed_noise.triton import _BLOCK, _add_keyed_noise_kernel, _keyed_noise_kernel
+
+from .case import ALPHAS_CUMPROD, BF16, Fault, KernelCase, Row, Workload, on, tensor
 
 
 def noise(dtype: str) -> KernelCase:
@@ -38,3 +42,99 @@ def cases() -> list[KernelCase]:
         found += [add(dtype, "fp32", backward, False) for dtype in ("bf16", "fp16", "fp32")]
         found += [add("bf16", "fp64", backward, False), add("bf16", "fp32", backward, True)]
     return found
+
+
+def workloads() -> list[Workload]:
+    schedule = {"keys": plain.keys, "timesteps": plain.timesteps, "alphas": plain.alphas}
+    return [
+        Workload(
+            op="keyed_noise",
+            variant="",
+            make=plain.latents("like", keys=plain.keys),
+            run=lambda i: (fp.keyed_noise(i["keys"], i["like"].shape[1:], i["like"].dtype),),
+            eager=lambda i: (torch.randn_like(i["like"]),),  # other numbers, the same law
+            wrt=(),
+            shape=(2, 4, 64, 64),
+            forward=2,
+            stated="keyed_noise 2 (a write)",
+        ),
+        Workload(
+            op="add_keyed_noise",
+            variant="",
+            make=plain.latents("x0", **schedule),
+            run=lambda i: (fp.add_keyed_noise(i["x0"], i["keys"], i["timesteps"], i["alphas"]),),
+            eager=lambda i: (plain.noised(i["x0"], plain.noise(i, i["x0"]), i),),
+            wrt=("x0",),
+            shape=(2, 4, 64, 64),
+            forward=4,
+            backward=4,
+            stated="add_keyed_noise 4 (a read and a write), its backward 4",
+        ),
+    ]
+
+
+def samples() -> dict[str, tuple]:
+    keys, timesteps = torch.arange(4), torch.tensor([1, 50, 98, 99])
+    return {
+        "keyed_noise": (keys, [3, 5], BF16),
+        "add_keyed_noise": (tensor(4, 3, 5, grad=True), keys, timesteps, ALPHAS_CUMPROD),
+        "add_keyed_noise_backward": (tensor(4, 3, 5), keys, timesteps, ALPHAS_CUMPROD),
+    }
+
+
+ROWS = [
+    Row(
+        "`keyed_noise(keys, shape, dtype)`",
+        "standard normals: Philox4x32-10 and Box-Muller",
+        "none",
+        "2",
+        "",
+    ),
+    Row(
+        "`add_keyed_noise(x0, keys, timesteps, alphas_cumprod)`",
+        "`sqrt(abar_t) x0 + sqrt(1 - abar_t) keyed_noise`",
+        "to `x0`",
+        "4",
+        "4",
+    ),
+    Row(
+        "`derive_keys(seed, epoch, ids, draw, purpose)`, `keyed_uniform_u32(keys)`",
+        "64-bit keys by stream (`PURPOSES`); the first word of a key's stream",
+        "none",
+        "",
+        "",
+    ),
+]
+
+NOISE = on("keyed_noise", "test_noise_matches_oracle")
+ADD = on("keyed_noise", "test_add_matches_oracle and float32")
+
+FAULTS = [
+    Fault("a round of Philox less", "common/philox.py", "for _ in range(10)", "for _ in range(9)", NOISE),
+    Fault("a Philox word", "common/philox.py", "high1 ^ c1 ^ k0", "high0 ^ c1 ^ k0", NOISE),
+    Fault("high word of the key", "common/philox.py", "(key >> 32)", "(key >> 31)", NOISE),
+    Fault(
+        "sine for cosine",
+        "common/philox.py",
+        "return radius * cosine, radius * sine",
+        "return radius * sine, radius * cosine",
+        NOISE,
+    ),
+    Fault("half a turn", "common/philox.py", "6.283185307179586, tl.float32", "3.141592653589793, tl.float32", NOISE),
+    Fault("noise without its scale", "keyed_noise/triton.py", "x_t += sigma * _normals", "x_t += _normals", ADD),
+    Fault("noise in the gradient", "keyed_noise/triton.py", "if not BACKWARD:", "if True:", ADD),
+    Fault(
+        "int32 rows of the noise",
+        "keyed_noise/triton.py",
+        "out_ptr + row * n_elements + offset, noise",
+        "out_ptr + (row * n_elements).to(tl.int32) + offset, noise",
+        ("test_offsets.py", "-k", "test_noise"),
+    ),
+    Fault(
+        "int32 rows of x_t",
+        "keyed_noise/triton.py",
+        "out_ptr + row * n_elements + offset, x_t",
+        "out_ptr + (row * n_elements).to(tl.int32) + offset, x_t",
+        ("test_offsets.py", "-k", "test_added_noise"),
+    ),
+]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from fastpref_kernels.lora_linear import _BLOCK_R, _TILES, _lora_matmul_kernel
+import torch
+from gpu.plain import Inputs
 
-from .case import KernelCase
+import fastpref_kernels as fp
+from fastpref_kernels.lora_linear.triton import _BLOCK_R, _TILES, _lora_matmul_kernel
+
+from .case import BF16, Fault, KernelCase, Row, Workload, on, tensor
 
 POINTERS = ("x_ptr", "weight_ptr", "low_ptr", "up_ptr", "bias_ptr", "out_ptr")
 SIZES = ("n_rows", "n_columns", "n_inner", "rank", "row_stride")
@@ -29,3 +33,57 @@ def cases() -> list[KernelCase]:
                     )
                 )
     return found
+
+
+def lora(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Inputs:
+    rows, inner, columns, rank = shape
+    sizes = {"x": (rows, inner), "weight": (columns, inner), "lora_a": (rank, inner), "lora_b": (columns, rank)}
+    return {name: (torch.randn(size, device=device) / inner**0.5).to(dtype) for name, size in sizes.items()}
+
+
+def workloads() -> list[Workload]:
+    return [
+        Workload(
+            op="lora_linear",
+            variant="",
+            make=lora,
+            run=lambda i: (fp.lora_linear(i["x"], i["weight"], None, i["lora_a"], i["lora_b"], 0.5),),
+            eager=lambda i: (i["x"] @ i["weight"].T + 0.5 * (i["x"] @ i["lora_a"].T) @ i["lora_b"].T,),
+            wrt=("x", "lora_a", "lora_b"),
+            shape=(96, 64, 128, 8),
+        ),
+    ]
+
+
+def samples() -> dict[str, tuple]:
+    loras = tensor(2, 6, grad=True), tensor(4, 2, grad=True)
+    saved = tensor(3, 6), tensor(4, 6), tensor(2, 6), tensor(4, 2), tensor(3, 2)
+    return {
+        "lora_linear": (tensor(3, 2, 6, grad=True), tensor(4, 6), tensor(4), *loras, 0.5, False),
+        "lora_linear[mixed]": (tensor(3, 6, dtype=BF16), tensor(4, 6, dtype=BF16), None, *loras, 0.5, False),
+        "lora_linear_backward": (tensor(3, 4), *saved, 0.5, True, True, True),
+    }
+
+
+ROWS = [
+    Row(
+        "`lora_linear(x, weight, bias, lora_a, lora_b, scale, *, blas=False)`",
+        "`x W^T + b + scale (x A^T) B^T`; by element of the output",
+        "to `x`, `lora_a`, `lora_b`",
+        "2 (6 with `blas`), and the operands",
+        "the same",
+    ),
+]
+
+LORA = on("lora_linear", "worked_by_hand or (test_matches_oracle and bfloat16)")
+
+FAULTS = [
+    Fault("rank not masked", "lora_linear/triton.py", "mask_r = r < rank", "mask_r = r < rank + 1", LORA),
+    Fault(
+        "bias on every block",
+        "lora_linear/triton.py",
+        "bias_ptr + column, mask=mask_n",
+        "bias_ptr + column * 0, mask=mask_n",
+        LORA,
+    ),
+]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from fastpref_kernels._paired_kernels import _paired_chunk_kernel
-from fastpref_kernels.rpo_loss import norm_block
+from gpu import plain
+from gpu.plain import MILD_BETA, Inputs, noise, reward
+from torch import Tensor
+from torch.nn import functional as F
 
-from .case import KernelCase
+import fastpref_kernels as fp
+from fastpref_kernels.paired_preference_loss.triton import _paired_chunk_kernel
+from fastpref_kernels.rpo_loss.triton import norm_block
+
+from .case import Fault, KernelCase, Row, Workload, on, tensor
 from .implicit_reward import LARGE, SMALL, STRIDED, TARGETS, launch
 
 
@@ -31,3 +37,66 @@ def cases() -> list[KernelCase]:
         for block in (SMALL, LARGE, STRIDED)
         if block is LARGE or not embeddings
     ]
+
+
+def paired(i: Inputs) -> tuple[Tensor, ...]:
+    reward_w, reward_l = reward(i, noise(i, i["pred"]))[0].chunk(2)
+    return (-F.logsigmoid(MILD_BETA / 2 * (reward_w - reward_l)).mean(),)
+
+
+def workloads() -> list[Workload]:
+    return [
+        Workload(
+            op="paired_preference_loss",
+            variant="dpo,noise",
+            make=plain.latents("pred", "ref_pred", keys=plain.keys),
+            run=lambda i: (
+                fp.paired_preference_loss(i["pred"], i["ref_pred"], fp.KeyedNoise(i["keys"]), beta=MILD_BETA)[0],
+            ),
+            eager=paired,
+            wrt=("pred",),
+            shape=(4, 4, 64, 64),
+        ),
+    ]
+
+
+def samples() -> dict[str, tuple]:
+    latents, embeddings = (tensor(4, 6, grad=True), tensor(4, 6)), (tensor(2, 5), tensor(2, 5))
+    rest = None, None, None, tensor(4, 6), None
+    return {
+        "paired_preference_loss": (*latents, *rest, None, None, 2.0, 0.1, 1.0, "dpo", 1),
+        "paired_preference_loss[rpo]": (*latents, *rest, *embeddings, 2.0, 0.0, 0.5, "outside", 1),
+    }
+
+
+ROWS = [
+    Row(
+        '`paired_preference_loss(pred, ref_pred, target, *, beta, kind="dpo", ...)`',
+        (
+            "`dpo_loss` or `rpo_loss` of the implicit rewards of `[winners; losers]`, at most 4 launches with the"
+            " backward"
+        ),
+        "to `pred`",
+        "as `implicit_reward`",
+        "the same",
+    ),
+]
+
+PAIRED = on("paired_preference_loss", "test_matches_oracle and float32")
+
+FAULTS = [
+    Fault(
+        "chunks of the wrong row",
+        "common/pairwise.py",
+        "row.to(tl.int64)[:, None] * reward[1]",
+        "(0 * row).to(tl.int64)[:, None] * reward[1]",
+        PAIRED,
+    ),
+    Fault(
+        "chunks of a row dropped",
+        "common/pairwise.py",
+        "for first in range(0, reward[2], BLOCK_CHUNKS):",
+        "for first in range(0, BLOCK_CHUNKS, BLOCK_CHUNKS):",
+        ("test_workloads.py", "-k", "test_kernels_equal_eager_float64 and paired"),
+    ),
+]

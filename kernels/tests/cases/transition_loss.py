@@ -1,10 +1,17 @@
+"""`transition_loss`: every configuration, its workloads, arguments, faults and rows of the README."""
+
 from __future__ import annotations
 
-from fastpref_kernels import _transition_kernels as kernels
-from fastpref_kernels import _transition_launch as launch
+from gpu import plain
+from gpu.plain import BETA, GUIDANCE, T_PREV, Inputs, T
+from torch import Tensor
+from torch.nn import functional as F
 
-from .case import KernelCase
-from .ddim_pool import STEP, suffix, types_and_flags
+import fastpref_kernels as fp
+from fastpref_kernels.transition_loss import triton as kernels
+
+from .case import ALPHAS_CUMPROD, BF16, Fault, KernelCase, Row, Workload, on, tensor
+from .ddim_pool_step import LATENT, NUMBERS, ROWS_OF_T, SETTINGS, STEP, guided_step, suffix, types_and_flags
 
 PREDICTIONS = ("cond", "uncond", "ref_cond", "ref_uncond")
 LATENTS = ("x", "x_w", "x_l")
@@ -38,7 +45,7 @@ def _forward(x: str, pred: str, alphas: str, guided: bool, linear: bool) -> Kern
         "_transition_chunk_kernel",
         _tensors((*PREDICTIONS, *LATENTS), pred, x) | tail,
         ("n_rows", "n_pairs", "n_chunks", "n_blocks"),
-        constexprs={"GUIDED": guided, "LINEAR": linear, "BLOCK_SIZE": launch._BLOCK},
+        constexprs={"GUIDED": guided, "LINEAR": linear, "BLOCK_SIZE": kernels._BLOCK},
         wide=tuple(f"{name}_ptr" for name in (*read, *(LATENTS if linear else ()))),
     )
 
@@ -54,7 +61,7 @@ def _backward(x: str, pred: str, alphas: str, guided: bool, linear: bool) -> Ker
         "_transition_bwd_kernel",
         head | _tensors(("cond", "uncond", *LATENTS), pred, x) | tail,
         ("n_rows", "n_pairs", "n_blocks"),
-        constexprs={"GUIDED": guided, "LINEAR": linear, "BLOCK_SIZE": launch._BLOCK},
+        constexprs={"GUIDED": guided, "LINEAR": linear, "BLOCK_SIZE": kernels._BLOCK},
         wide=tuple(f"{name}_ptr" for name in (*read, *written, *(LATENTS if linear else ()))),
     )
 
@@ -66,15 +73,107 @@ def _pairs(chunks: int) -> KernelCase:
         kernel=kernels._transition_pair_kernel,
         signature={f"{name}_ptr": "*fp32" for name in pointers}
         | {"n_elements": "i32", "n_pairs": "i32", "n_chunks": "i32", "beta": "fp32", "low": "fp32", "high": "fp32"},
-        constexprs={"BLOCK_PAIRS": launch._PAIR_TILES[chunks], "BLOCK_CHUNKS": chunks},
+        constexprs={"BLOCK_PAIRS": kernels._PAIR_TILES[chunks], "BLOCK_CHUNKS": chunks},
         aligned=(*(f"{name}_ptr" for name in pointers), "n_elements"),
         min_occupancy=0.0,  # the only program of its launch
     )
 
 
 def cases() -> list[KernelCase]:
-    found = [_pairs(chunks) for chunks in launch._PAIR_TILES]
+    found = [_pairs(chunks) for chunks in kernels._PAIR_TILES]
     for make in (_forward, _backward):
         found += [make(x, pred, "fp32", *flags) for x, pred, *flags in types_and_flags()]
         found.append(make("bf16", "bf16", "fp64", True, True))
     return found
+
+
+def transition(i: Inputs) -> tuple[Tensor, ...]:
+    logs = []
+    for x in ("x_w", "x_l"):
+        terms = []
+        for prefix in ("", "ref_"):
+            pred, abar, prev, sigma = guided_step({k: i[prefix + k] for k in ("eps_cond", "eps_uncond")})
+            x0 = (i["x_t"] - (1 - abar) ** 0.5 * pred) / abar**0.5
+            mean = prev**0.5 * x0 + (1 - prev - sigma**2) ** 0.5 * pred
+            terms.append(((i[x] - mean) ** 2).flatten(1).mean(1) / (2 * sigma**2))
+        logs.append(terms[1] - terms[0])
+    return (-F.logsigmoid(BETA / 500 * (logs[0] - logs[1])).mean(),)
+
+
+def _spo(i: Inputs) -> tuple[Tensor, ...]:
+    names = ("eps_cond", "eps_uncond", "ref_eps_cond", "ref_eps_uncond", "x_t", "x_w", "x_l")
+    settings = {"guidance_scale": GUIDANCE, "eta": 1.0, "beta": BETA / 500, "clip": None}
+    return (fp.transition_loss(*(i[name] for name in names), i["alphas"], T, T_PREV, **settings)[0],)
+
+
+def workloads() -> list[Workload]:
+    predictions = ("eps_cond", "eps_uncond")
+    return [
+        Workload(
+            op="transition_loss",
+            variant="shared x_t",
+            make=plain.latents(
+                *predictions, "ref_eps_cond", "ref_eps_uncond", "x_t", "x_w", "x_l", alphas=plain.alphas
+            ),
+            run=_spo,
+            eager=transition,
+            wrt=predictions,
+            shape=(2, 4, 128, 128),
+            forward=14,
+            backward=8,
+            stated="forward 14 [10]",
+        ),
+    ]
+
+
+def samples() -> dict[str, tuple]:
+    step = (*[tensor(*LATENT)] * 3, ALPHAS_CUMPROD, *NUMBERS, *SETTINGS)
+    stacked = (tensor(4, 3, 5, grad=True, dtype=BF16), tensor(4, 3, 5, grad=True), *[tensor(4, 3, 5)] * 3)
+    return {
+        "transition_loss": (*stacked, *[tensor(*LATENT)] * 2, ALPHAS_CUMPROD, *ROWS_OF_T, *SETTINGS, 10.0, -0.1, 0.1),
+        "transition_loss[plain]": (tensor(*LATENT, grad=True), None, tensor(*LATENT), None, *step, 10.0, -0.1, 0.1),
+        "transition_loss_backward": (tensor(), tensor(2, 2), tensor(*LATENT, dtype=BF16), tensor(*LATENT), *step),
+    }
+
+
+ROWS = [
+    Row(
+        (
+            "`transition_loss(eps_cond, eps_uncond, ref_eps_cond, ref_eps_uncond, x_t, x_w, x_l, alphas_cumprod, "
+            "t, t_prev, *, guidance_scale, eta, beta, clip, ...)`"
+        ),
+        "SPO's loss of two DDIM transitions; the ratio is exactly 1 where policy equals reference",
+        "to both branches",
+        "14; 10 without guidance",
+        "8 to 14",
+    ),
+]
+
+SPO = on("transition_loss", "worked_by_hand or (test_matches_oracle and float32)")
+CLIPPING = on("transition_loss", "test_settings_match_oracle or extreme_ratios")
+
+FAULTS = [
+    Fault(
+        "winner's state for the loser",
+        "transition_loss/triton.py",
+        "shift * (2.0 * (x_l - x - move) + shift)",
+        "shift * (2.0 * (x_w - x - move) + shift)",
+        SPO,
+    ),
+    Fault(
+        "square of the shift dropped",
+        "transition_loss/triton.py",
+        "(x_w - x - move) + shift)",
+        "(x_w - x - move))",
+        SPO,
+    ),
+    Fault(
+        "half of the likelihood",
+        "transition_loss/triton.py",
+        "scale = 0.5 / (sigma * sigma)",
+        "scale = 1.0 / (sigma * sigma)",
+        SPO,
+    ),
+    Fault("gradient where clipped", "transition_loss/triton.py", "tl.where(out_w, 0.0, -slope)", "-slope", CLIPPING),
+    Fault("losers' partial sums", "transition_loss/triton.py", "(n_pairs + loser) * n_chunks", "loser * n_chunks", SPO),
+]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from execution import driver
-from fastpref_kernels._dispatch import jit, tl
+from fastpref_kernels.common.dispatch import jit, tl
 
 
 @jit

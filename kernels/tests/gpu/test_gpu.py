@@ -8,13 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpref_kernels import _dispatch
+from fastpref_kernels.common import dispatch
 from gpu.workloads import WORKLOADS, Workload, gradients, leaves
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"),
-    pytest.mark.skipif(_dispatch.INTERPRETED, reason="needs the compiled kernels: make gpu-acceptance"),
+    pytest.mark.skipif(dispatch.INTERPRETED, reason="needs the compiled kernels: make gpu-acceptance"),
 ]
 DTYPES = {torch.float32: (1e-4, 1e-5), torch.float16: (2e-3, 1e-3), torch.bfloat16: (1.6e-2, 8e-3)}
 COPY_SHARE = 0.1  # of the copy bandwidth measured in the same test, at a size that fills the device

@@ -1,4 +1,4 @@
-"""Plants the faults of faults.py one at a time in a copy of the package and runs the tests that must notice.
+"""Plants the faults of the ops' cases one at a time in a copy of the package and runs the tests that must notice.
 
     python kernels/tests/mutation/mutate.py [--workers 2] [--only TEXT ...]
 
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -25,12 +27,19 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
 
 import pytest
+from cases import Fault
 
-from mutation.faults import FAULTS, Fault
-
-KERNELS = Path(__file__).parents[2]
+HERE = Path(__file__).parents[1]
+KERNELS = HERE.parent
 PASSED, FAILED, DIED = 0, 1, 99  # pytest's exit codes, and one that it does not use
 LIMIT = 600  # seconds of one run
+
+
+def all_faults() -> list[Fault]:
+    """Read in a process of its own: the package must not be imported here, for the forks import copies of it."""
+    code = "import json, cases; print(json.dumps(cases.faults()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True, check=True)
+    return [Fault(*fields, tuple(tests)) for *fields, tests in json.loads(done.stdout)]
 
 
 def misplaced(faults: Iterable[Fault]) -> list[str]:
@@ -116,7 +125,7 @@ def main() -> int:
         "--only", nargs="+", default=[""], help="faults whose description or file has one of these texts"
     )
     options = parser.parse_args()
-    faults = [fault for fault in FAULTS if any(text in f"{fault.what} {fault.file}" for text in options.only)]
+    faults = [fault for fault in all_faults() if any(text in f"{fault.what} {fault.file}" for text in options.only)]
     wrong = misplaced(faults)
     if wrong:
         print("\n".join(wrong))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from cases import faults
+
 from mutation import mutate
-from mutation.faults import FAULTS
+
+FAULTS = faults()
 
 
 def test_every_fault_has_its_place() -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ddim_pool import ddim_step, guided
+from .ddim_pool_step import ddim_step, guided
 
 
 class Settings(NamedTuple):

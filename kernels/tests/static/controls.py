@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cases import KernelCase
 
-from fastpref_kernels._dispatch import jit, tl
+from fastpref_kernels.common.dispatch import jit, tl
 
 COPY = {"x_ptr": "*bf16", "out_ptr": "*bf16", "n_elements": "i32"}
 LANES = {"x_ptr": "*fp32", "out_ptr": "*fp32", "n_elements": "i32"}

@@ -24,15 +24,14 @@ if __name__ == "__main__":
     os.environ.setdefault("FASTPREF_KERNELS_TRITON", "1")
     sys.path[0] = str(Path(__file__).parents[1])
 
+import readme
 import triton
 from cases import KernelCase, all_cases
 
 from static.targets import TARGETS
 
 HERE = Path(__file__).parent
-README = HERE.parents[1] / "README.md"
 PACKAGE = HERE.parents[1] / "fastpref_kernels"
-BEGIN, END = "<!-- aot:begin -->", "<!-- aot:end -->"
 WIDE = 16  # bytes
 
 
@@ -127,7 +126,7 @@ def _code(path: Path) -> list[str]:
 
 def source_hash() -> str:
     """Of the kernels, their cases and triton's version: what the table depends on."""
-    parts = [triton.__version__, *(line for path in sorted(PACKAGE.glob("*.py")) for line in _code(path))]
+    parts = [triton.__version__, *(line for path in sorted(PACKAGE.rglob("*.py")) for line in _code(path))]
     for op, cases in all_cases().items():
         for c in cases:
             kernel = c.kernel.__name__
@@ -171,7 +170,6 @@ def table(results: list[Result]) -> str:
     """What stands between the markers of the README."""
     heads = ["kernel", "configurations", "warps", *TARGETS, "by 16 bytes"]
     lines = [
-        BEGIN,
         f"<!-- python kernels/tests/static/gates.py --write; sources {source_hash()} -->",
         f"Every configuration that a launcher can choose, compiled with triton {triton.__version__} and not run:",
         "registers a thread, lowest theoretical occupancy, largest shared memory of a block. None spills or uses local",
@@ -181,17 +179,8 @@ def table(results: list[Result]) -> str:
         "| " + " | ".join(heads) + " |",
         "|" + "---|" * len(heads),
         *table_rows(results),
-        END,
     ]
-    return "\n".join(lines)
-
-
-def written_table() -> str:
-    """The table that the README has now, with its markers. Raises ValueError if the markers are not there."""
-    text = README.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{README.name}: the markers {BEGIN} and {END} are missing")
-    return text[text.index(BEGIN) : text.index(END) + len(END)]
+    return readme.marked("aot", lines)
 
 
 def main() -> int:
@@ -207,8 +196,8 @@ def main() -> int:
     if options.op:
         print("\n".join(table_rows(results)))
     elif options.write:
-        README.write_text(README.read_text().replace(written_table(), table(results)))
-    elif written_table() != table(results):
+        readme.write("aot", table(results))
+    elif readme.written("aot") != table(results):
         print("the table in kernels/README.md is stale: python kernels/tests/static/gates.py --write")
         return 1
     return 0

@@ -1,0 +1,83 @@
+"""An op in two forms: registered with torch.library for whatever traces it, and called as it is by eager code.
+
+torch.library's way to a function in Python costs tens of microseconds of host time a call, which a UNet with hundreds
+of LoRA layers feels; `benchmarks/kernels.py host` measures both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+REGISTERED: dict[str, Operator] = {}
+
+
+class Operator:
+    """A function on tensors with a schema, made by :func:`operator`; arguments are given by position."""
+
+    def __init__(self, name: str, schema: str, plain: Callable[..., Any]) -> None:
+        self.label, self.plain = f"fastpref_kernels::{name}", plain
+        self.registered = torch.library.custom_op(self.label, plain, mutates_args=(), schema=schema)
+        self._function: type[torch.autograd.Function] | None = None
+        REGISTERED[name] = self
+
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """What the op returns for fake tensors."""
+        self.registered.register_fake(fake)
+        return fake
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+        """Give the op its gradient, of the first order only."""
+        self.registered.register_autograd(backward, setup_context=setup_context)
+        self._function = _function(self.label, self.plain, backward, setup_context)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if has_torch_function(arguments):  # as torch's own functions do, so that a mode sees the op
+            return handle_torch_function(self, arguments, *arguments)
+        return self._form(arguments)(*arguments)
+
+    def _form(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        if _is_traced(tensors):
+            return self.registered
+        form = self.plain
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            # an op without a gradient says so when somebody asks for it
+            form = self.registered if self._function is None else self._function.apply
+        return torch.profiler.record_function(self.label)(form) if torch.autograd._profiler_enabled() else form
+
+
+def _function(
+    label: str, plain: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> type[torch.autograd.Function]:
+    """The op for autograd. A setup_context of its own would make torch look up the signature at every call."""
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = plain(*inputs)
+        setup_context(ctx, inputs, output)
+        return output if isinstance(output, Tensor) else tuple(output)
+
+    return type(
+        label.replace("::", "_"),
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+    )
+
+
+def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Make a function the op ``fastpref_kernels::name``."""
+    return lambda plain: Operator(name, schema, plain)
+
+
+def _is_traced(tensors: list[Tensor]) -> bool:
+    """Whether somebody has to see one op and not what it does: a compiler, a mode, a transform, a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+    )

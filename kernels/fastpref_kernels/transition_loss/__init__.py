@@ -1,0 +1,198 @@
+"""The step-wise preference loss of SPO over DDIM transitions.
+
+    pred   = eps_uncond + s * (eps_cond - eps_uncond)       s = guidance_scale, policy and reference alike
+    mu     = a * x_t + c * pred                             the mean of the DDIM step, see ddim_pool_step
+    d_i    = mean over C*H*W of [(x_i - mu_ref)^2 - (x_i - mu)^2] / (2 sigma^2)          i = w, l
+    r_i    = clamp(exp(d_i), 1 - clip, 1 + clip)
+    loss   = -mean over pairs of log sigmoid(beta * (log r_w - log r_l))
+
+Shapes: x_w, x_l (B, ...); predictions and x_t (B, ...), or (2B, ...) as [winners; losers] where a pair has no common
+x_t -> scalar. Inputs fp16, bf16, fp32 or fp64, mixed at will; arithmetic and results are fp32 (fp64 if eps_cond is).
+d is computed as mean of c * delta * (2 (x_i - mu) + c * delta) / (2 sigma^2) with delta = pred - ref_pred taken branch
+by branch: no difference of nearly equal sums, and d = 0, r = 1 exactly where the policy equals the reference.
+Bytes per element of a prediction at 16 bits, without guidance in brackets: forward 14 [10], stacked 12 [8]; backward
+8 [6] where no ratio is clipped (mu cancels), 14 [10] where one is, 4 [2] where both are; stacked 12 [8], clipped 4 [2].
+The sum has two stages (chunks of a row, then the chunks) whose order is a function of C*H*W alone, without atomics: a
+pair's ratios have the same bits in any batch. Two launches forward, one backward.
+Source: SPO, arXiv 2406.04314; DDIM, arXiv 2010.02502, equations 12 and 16.
+"""
+
+# mypy: allow-incomplete-defs, allow-untyped-defs
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..common.checks import check_batch, check_like, check_positive
+from ..common.ddim import (
+    STEP_SCHEMA,
+    Step,
+    check_alphas_cumprod,
+    check_step_rows,
+    empty_rows_like,
+    make_step,
+)
+from ..common.dispatch import accumulation_dtype, use_triton
+from ..common.operator import operator
+from . import torch as torch_path
+from .triton import launch_backward, launch_forward
+
+
+class TransitionLoss(NamedTuple):
+    """What `transition_loss` returns, in fp32 (fp64).
+
+    loss: scalar, the only one that back-propagates, to eps_cond and eps_uncond.
+    ratio_w, ratio_l: (B,) policy over reference likelihood of a transition (mean over elements), before clipping.
+    clipped: scalar, share of the 2B ratios outside [1 - clip, 1 + clip].
+    accuracy: scalar, share of pairs with ratio_w > ratio_l; a tie counts a half.
+    """
+
+    loss: Tensor
+    ratio_w: Tensor
+    ratio_l: Tensor
+    clipped: Tensor
+    accuracy: Tensor
+
+
+@operator(
+    "transition_loss",
+    "(Tensor eps_cond, Tensor? eps_uncond, Tensor ref_eps_cond, Tensor? ref_eps_uncond, Tensor x_t, Tensor x_w,"
+    f" Tensor x_l, Tensor alphas_cumprod, {STEP_SCHEMA}, float beta, float low, float high)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _transition_loss(*inputs: Any) -> tuple[Tensor, ...]:
+    """(loss, ratio_w, ratio_l, clipped, accuracy, derivatives of the loss by the log-ratios (2, B))."""
+    alphas_cumprod, step = inputs[7], Step(*inputs[8:-3])
+    check_step_rows("transition_loss", step, alphas_cumprod.shape[0])
+    path = launch_forward if use_triton(inputs[0]) else torch_path.forward
+    return path(inputs[:4], inputs[4:7], alphas_cumprod, step, *inputs[-3:])
+
+
+@_transition_loss.register_fake
+def _(*inputs):
+    eps_cond, x_w = inputs[0], inputs[5]
+    n_pairs = x_w.shape[0]
+    shapes = ((), (n_pairs,), (n_pairs,), (), (), (2, n_pairs))
+    return tuple(eps_cond.new_empty(shape, dtype=accumulation_dtype(eps_cond.dtype)) for shape in shapes)
+
+
+@operator(
+    "transition_loss_backward",
+    "(Tensor grad, Tensor slopes, Tensor eps_cond, Tensor? eps_uncond, Tensor x_t, Tensor x_w, Tensor x_l,"
+    f" Tensor alphas_cumprod, {STEP_SCHEMA}) -> Tensor[]",
+)
+def _transition_loss_backward(*inputs: Any) -> list[Tensor]:
+    """Gradients of eps_cond and, unless it is None, eps_uncond, in their memory order."""
+    grad, slopes, eps_cond, eps_uncond, x_t, x_w, x_l, alphas_cumprod, *fields = inputs
+    path = launch_backward if use_triton(eps_cond) else torch_path.backward
+    return path(grad, slopes, eps_cond, eps_uncond, (x_t, x_w, x_l), alphas_cumprod, Step(*fields))
+
+
+@_transition_loss_backward.register_fake
+def _(*inputs):
+    return [empty_rows_like(x) for x in inputs[2:4] if x is not None]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # no zeros, a launch each, for the outputs that nobody differentiates
+    ctx.save_for_backward(output[5], *inputs[:2], *inputs[4:10])
+    ctx.numbers = inputs[10:-3]
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 19
+    grads = _transition_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.numbers)
+    return *grads, *[None] * (19 - len(grads))
+
+
+_transition_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check(predictions: dict[str, Tensor | None], x_t: Tensor, x_w: Tensor, x_l: Tensor) -> None:
+    op = "transition_loss"
+    check_batch(op, x_w, "x_w")
+    check_like(op, "x_l", x_l, "x_w", x_w)
+    check_batch(op, x_t, "x_t")
+    if x_t.shape[1:] != x_w.shape[1:] or x_t.shape[0] not in (x_w.shape[0], 2 * x_w.shape[0]):
+        raise ValueError(
+            f"{op}: x_t must have x_w's shape {tuple(x_w.shape)} or twice its rows, [winners; losers], got"
+            f" {tuple(x_t.shape)}"
+        )
+    if (predictions["eps_uncond"] is None) != (predictions["ref_eps_uncond"] is None):
+        raise ValueError(f"{op}: eps_uncond and ref_eps_uncond must both be tensors or both be None")
+    for name, x in predictions.items():
+        if x is not None:
+            check_like(op, name, x, "x_t", x_t)
+
+
+def transition_loss(
+    eps_cond: Tensor,
+    eps_uncond: Tensor | None,
+    ref_eps_cond: Tensor,
+    ref_eps_uncond: Tensor | None,
+    x_t: Tensor,
+    x_w: Tensor,
+    x_l: Tensor,
+    alphas_cumprod: Tensor,
+    t: int | Tensor,
+    t_prev: int | Tensor,
+    *,
+    guidance_scale: float,
+    eta: float = 1.0,
+    beta: float = 10.0,
+    clip: float | None = 0.1,
+    final_alpha_cumprod: float | None = None,
+    prediction_type: str = "epsilon",
+) -> TransitionLoss:
+    """SPO's loss of transitions x_t -> x_w (preferred) and x_t -> x_l, with its gradient to both guidance branches.
+
+    eps_cond, eps_uncond, ref_eps_cond, ref_eps_uncond: the policy's and the reference's predictions at x_t, of its
+        shape; the two unconditional ones may be None, no guidance. In fp16, bf16, fp32 or fp64.
+    x_t: (B, ...), the state that x_w and x_l came from; or (2B, ...), [winners; losers], where they came from two
+        states, the predictions then being (2B, ...) too. With one x_t a prediction is read once for both sides.
+    x_w, x_l: (B, ...).
+    alphas_cumprod: (T,) fp32 or fp64.
+    t, t_prev: numbers or int64 of shape () or (B,), those of a pair, as in `ddim_pool_step`.
+    guidance_scale: finite. eta: in (0, 1]. beta: > 0.
+    clip: bound of the ratios around 1, > 0; outside it a ratio has no gradient. None: no bound. SPO's code: 0.1.
+    final_alpha_cumprod: in (0, 1), as in `ddim_pool_step`.
+    prediction_type: "epsilon" or "v_prediction".
+
+    Rows of the predictions must all be contiguous or all channels_last in memory, those of x_t, x_w and x_l likewise
+    (elsewhere than on the CPU other strides are refused). Gradients have the dtype and memory order of their
+    prediction. NaN in a pair gives a NaN loss and NaN in that pair's ratios and gradients, in no other's.
+
+    Returns `TransitionLoss(loss, ratio_w, ratio_l, clipped, accuracy)`.
+    Raises ValueError for an empty batch, shapes, dtypes, devices, memory layouts or settings that do not fit; on a GPU
+    pairs whose timesteps, given as tensors, are out of bounds are NaN.
+    Source: SPO, arXiv 2406.04314.
+    """
+    op = "transition_loss"
+    predictions = {"eps_cond": eps_cond, "eps_uncond": eps_uncond}
+    references = {"ref_eps_cond": ref_eps_cond, "ref_eps_uncond": ref_eps_uncond}
+    _check(predictions | references, x_t, x_w, x_l)
+    check_alphas_cumprod(op, alphas_cumprod, "x_t", x_t)
+    check_positive(op, "beta", beta)
+    low, high = -math.inf, math.inf
+    if clip is not None:
+        check_positive(op, "clip", clip)
+        low, high = math.log1p(-clip) if clip < 1 else low, math.log1p(clip)
+    if eta == 0 or final_alpha_cumprod == 1:
+        raise ValueError(f"{op}: a step without noise has no likelihood: needs eta > 0 and final_alpha_cumprod < 1")
+    step = make_step(
+        op,
+        t,
+        t_prev,
+        alphas_cumprod,
+        x_w.shape[0],
+        guidance_scale=guidance_scale,
+        eta=eta,
+        final_alpha_cumprod=final_alpha_cumprod,
+        prediction_type=prediction_type,
+    )
+    fixed = [None if x is None else x.detach() for x in (*references.values(), x_t, x_w, x_l, alphas_cumprod)]
+    loss, *rest, _ = _transition_loss(eps_cond, eps_uncond, *fixed, *step, float(beta), low, high)
+    return TransitionLoss(loss, *(x.detach() for x in rest))
