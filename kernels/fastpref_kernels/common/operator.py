@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 REGISTERED: dict[str, Operator] = {}
+_NAMESPACE = __name__.partition(".")[0]  # the package's name, which a kernel hub chooses
 
 
 class Operator:
     """A function on tensors with a schema, made by :func:`operator`; arguments are given by position."""
 
     def __init__(self, name: str, schema: str, plain: Callable[..., Any]) -> None:
-        self.label, self.plain = f"fastpref_kernels::{name}", plain
+        self.label, self.plain = f"{_NAMESPACE}::{name}", plain
         self.registered = torch.library.custom_op(self.label, plain, mutates_args=(), schema=schema)
         self._function: type[torch.autograd.Function] | None = None
         REGISTERED[name] = self
@@ -69,7 +70,7 @@ def _function(
 
 
 def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Operator]:
-    """Make a function the op ``fastpref_kernels::name``."""
+    """Make a function the op ``name`` in the namespace of this package."""
     return lambda plain: Operator(name, schema, plain)
 
 
