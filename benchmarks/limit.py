@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from bars import Panel, draw
-from common import RESULTS, ROOT, markdown, provenance, publish, read_csv
+from common import RESULTS, TABLES, markdown, provenance, publish, read_csv
 from devices import add_device, device_of, forget_peak, name_of, open_device, peak_device_bytes, seconds, warm_up_steps
 from worlds import MODELS, add_compile, open_world, place, setting_of, trainer_of
 
@@ -162,7 +162,7 @@ def parse() -> argparse.Namespace:
     add_compile(parser, "both sides with compile=true (blocks, the default) or unet")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--report", action="store_true", help="run nothing: table and plot from the CSV")
-    parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="also put the table into benchmarks/README.md")
     return parser.parse_args()
 
 
@@ -201,7 +201,7 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     if not options.quick:
-        readme = ROOT / "README.md" if options.readme else None
+        readme = TABLES if options.readme else None
         publish(options.out, rows, "Our step over the bare UNet passes", table(rows), plot, readme)
     print(table(rows))
     for group in by_setting(rows).values():

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, ROOT, provenance, publish, read_csv
+from common import RESULTS, TABLES, provenance, publish, read_csv
 from devices import add_device, forget_peak, name_of, open_device, peak_device_bytes, seconds, warm_up_steps
 from limit import Bare
 from literal_offline import LiteralOffline
@@ -197,7 +197,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--python", default=sys.executable, help="interpreter that runs the checkout's script")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--report", action="store_true", help="run nothing: table and plot from the CSV")
-    parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="also put the table into benchmarks/README.md")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     for name, value in (SHORT if options.short else FULL_SIZE if options.model == "full" else USUAL).items():
@@ -259,7 +259,7 @@ def main() -> None:
     print(text)
     if options.short:
         return
-    readme = ROOT / "README.md" if options.readme else None
+    readme = TABLES if options.readme else None
     publish(options.out, stored, "Offline training against the literal trainer", text, plot, readme)
 
 

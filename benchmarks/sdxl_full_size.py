@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, ROOT, fill, markdown, provenance, read_csv, write_csv
+from common import RESULTS, ROOT, TABLES, fill, markdown, provenance, read_csv, write_csv
 
 from fastpref.atomic import write_bytes, write_json, write_tensors
 from fastpref.models import public
@@ -259,7 +259,7 @@ def main() -> None:
     write_bytes(OUT.with_suffix(".md"), f"{text}\n".encode())
     print(text)
     if options.readme:
-        fill(ROOT / "README.md", "table: sdxl_full_size", text)
+        fill(TABLES, "table: sdxl_full_size", text)
 
 
 if __name__ == "__main__":
