@@ -11,9 +11,11 @@ build of torch aborts when it builds a graph of its cuda tensors.
 
 from __future__ import annotations
 
+import functools
 import os
 import traceback
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +25,13 @@ from unittest import mock
 import torch
 from stand_in_graphs import Graph, Pool, Recording
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 import fastpref
 import fastpref_kernels
 
+if not torch.cuda.is_available():  # transformers imports DeepSpeed wherever it saves, and that asks once for its device
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 _OURS = tuple(f"{Path(str(module.__file__)).parent}{os.sep}" for module in (fastpref, fastpref_kernels))
 # What autograd sees, which a CPU build of torch cannot run for cuda. The number tells it from meta tensors proper.
@@ -228,8 +231,8 @@ def on_gpu(tensor: torch.Tensor) -> bool:
 
 
 def _computed(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str]) -> Any:
-    name = func._schema.name.removeprefix("aten::")
-    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    name = _name(func)
+    given = [*_tensors(args), *_tensors(kwargs.values())]
     wrappers = {id(x.inner): x for x in given if isinstance(x, GpuTensor)}
     _refuse_mixtures(func, name, given)
     target = kwargs.get("device")
@@ -246,7 +249,7 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str])
     page_locked = kwargs.get("pin_memory") and not there
     if "pin_memory" in kwargs:
         kwargs["pin_memory"] = False
-    inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
+    inner_args, inner_kwargs = _changed(_inner, args), {key: _changed(_inner, v) for key, v in kwargs.items()}
     if wrappers:
         inner_args = _autocast(name, inner_args)
     recorder = Recording.recorder if there else None
@@ -261,27 +264,50 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str])
     if page_locked or (name == "_to_copy" and wrappers and not there and kwargs.get("non_blocking")):
         _PAGE_LOCKED[found.untyped_storage()] = None  # torch downloads to page-locked memory then
 
-    def outer(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
+    def outer(value: torch.Tensor) -> torch.Tensor:
         if id(value) in wrappers:
             same = wrappers[id(value)]
             assert same.shape == value.shape, f"{func} changes the shape in place, which the stand-in cannot"
             return same
         return GpuTensor(value) if there else value
 
-    return tree_map(outer, found)
+    return _changed(outer, found)
+
+
+@functools.cache
+def _name(func: Any) -> str:
+    return func._schema.name.removeprefix("aten::")  # type: ignore[no-any-return]
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Of an op's arguments; torch's pytrees take several times as long for every op."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _changed(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Arguments or results with every tensor changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)([_changed(change, item) for item in value])
+    return value
 
 
 def _autocast(name: str, args: Any) -> Any:
     """Arguments in the dtype autocast gives them. A backward, where it is off, meets what the forward made."""
-    floats = [x.dtype for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    if name not in _HALVED:
+        return args
+    floats = [x.dtype for x in _tensors(args) if x.is_floating_point()]
     wanted = _Autocast.dtypes[-1] if _Autocast.dtypes else None
     halves = [dtype for dtype in floats if dtype.itemsize == 2]
     to = wanted or next(iter(halves), None)
-    if name not in _HALVED or to is None or torch.float64 in floats:
+    if to is None or torch.float64 in floats:
         return args
-    return tree_map(lambda x: x.to(to) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, args)
+    return _changed(lambda x: x.to(to) if x.is_floating_point() else x, args)
 
 
 def _inner(value: Any) -> Any:

@@ -7,6 +7,7 @@ read, with NaN, as a real one might.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -114,9 +115,14 @@ def _where(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+@functools.cache
+def _outputs(func: Any) -> list[tuple[int, str]]:
+    """The arguments that an op writes to."""
+    arguments = enumerate(func._schema.arguments)
+    return [(place, a.name) for place, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = args[place] if place < len(args) else kwargs.get(argument.name)
+    for place, name in _outputs(func):
+        value = args[place] if place < len(args) else kwargs.get(name)
         yield from (x for x in tree_leaves(value) if isinstance(x, torch.Tensor))

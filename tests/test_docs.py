@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -22,10 +23,11 @@ def selections(document: Path) -> list[tuple[str, str]]:
     return [(path, words.strip('"')) for path, words in SELECTION.findall(document.read_text())]
 
 
+@functools.cache
 def names(path: Path) -> list[str]:
-    files = [path] if path.is_file() else path.rglob("test_*.py")
-    trees = [ast.parse(file.read_text()) for file in files]
-    return [f"{node.name}" for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    if not path.is_file():
+        return [name for file in path.rglob("test_*.py") for name in names(file)]
+    return [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

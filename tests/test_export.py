@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from fastpref.models.lora_naming import kohya_name, module_name
 from fastpref.models.lora_unet import lora_of
 
 FAMILIES = ("sd15", "sdxl")
+Trained = Callable[[str, list[str]], UNet2DConditionModel]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 EVERYTHING = [
     *ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj",
@@ -64,11 +68,24 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def _with_lora(family: str, folder: Path, rank: int, alpha: float, targets: list[str]) -> UNet2DConditionModel:
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
-    torch.manual_seed(3)
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=False, target_modules=targets))
-    return unet
+@pytest.fixture(scope="module")
+def pipes(folders: dict[str, Path]) -> dict[str, Any]:
+    """The folders as diffusers opens them; tests leave no LoRA on them."""
+    return {family: DiffusionPipeline.from_pretrained(folder) for family, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def trained(folders: dict[str, Path]) -> Trained:
+    """``trained(family, targets)``: its UNet with a LoRA of rank 4 and alpha 2, made once. Tests only read it."""
+
+    def make(family: str, targets: tuple[str, ...]) -> UNet2DConditionModel:
+        unet = UNet2DConditionModel.from_pretrained(folders[family] / "unet")
+        torch.manual_seed(3)
+        unet.add_adapter(LoraConfig(r=4, lora_alpha=2.0, init_lora_weights=False, target_modules=[*targets]))
+        return unet
+
+    once = functools.cache(make)
+    return lambda family, targets: once(family, tuple(targets))
 
 
 @torch.no_grad()
@@ -86,18 +103,22 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
-@pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
+@pytest.mark.parametrize(
+    "targets",
+    [pytest.param(ATTENTION, id="attention", marks=pytest.mark.thorough), pytest.param(EVERYTHING, id="everything")],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_diffusers_reads_what_we_write_at_the_same_strength(
-    folders: dict[str, Path], tmp_path: Path, family: str, targets: list[str], layout: str
+    pipes: dict[str, Any], trained: Trained, tmp_path: Path, family: str, targets: list[str], layout: str
 ) -> None:
-    trained = _with_lora(family, folders[family], rank=4, alpha=1.0, targets=targets)
-    save_lora(trained, tmp_path / "pytorch_lora_weights.safetensors", layout=layout, family=family)
-    pipe = DiffusionPipeline.from_pretrained(folders[family])
-    base = _output(pipe.unet)
+    ours, pipe = trained(family, targets), pipes[family]
+    save_lora(ours, tmp_path / "pytorch_lora_weights.safetensors", layout=layout, family=family)
+    base, wanted = _output(pipe.unet), _output(ours)
     pipe.load_lora_weights(tmp_path)
-    _close(_output(pipe.unet), _output(trained))
-    assert (base - _output(trained)).abs().max() > 0.05
+    found = _output(pipe.unet)
+    pipe.unload_lora_weights()
+    _close(found, wanted)
+    assert (base - wanted).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -140,20 +161,20 @@ def test_sdxl_names_by_hand(module: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_spelling_reads_back_the_same(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
-    trained = _with_lora(family, folders[family], rank=2, alpha=6.0, targets=ATTENTION)
-    expected = lora_of(trained)
-    peft_state = get_peft_model_state_dict(trained)
+def test_every_spelling_reads_back_the_same(trained: Trained, tmp_path: Path, family: str) -> None:
+    unet = trained(family, ATTENTION)
+    expected = lora_of(unet)
+    peft_state = get_peft_model_state_dict(unet)
     old = {}
     for module in expected.alphas:
         leaf = module.rsplit(".", 1)[0] if module.endswith("to_out.0") else module
         path, leaf = leaf.rsplit(".", 1)
         for part, new in (("down", "lora_A"), ("up", "lora_B")):
             old[f"unet.{path}.processor.{leaf}_lora.{part}.weight"] = expected.state[f"{module}.{new}.weight"].clone()
-        old[f"unet.{module}.alpha"] = torch.tensor(6.0)
+        old[f"unet.{module}.alpha"] = torch.tensor(2.0)
     files = {
-        "diffusers": save_lora(peft_state, tmp_path / "d.safetensors", 6.0),
-        "kohya": save_lora(peft_state, tmp_path / "k.safetensors", 6.0, layout="kohya", family=family),
+        "diffusers": save_lora(peft_state, tmp_path / "d.safetensors", 2.0),
+        "kohya": save_lora(peft_state, tmp_path / "k.safetensors", 2.0, layout="kohya", family=family),
         "old": tmp_path / "o.safetensors",
     }
     save_file(old, files["old"])
@@ -164,7 +185,7 @@ def test_every_spelling_reads_back_the_same(folders: dict[str, Path], tmp_path: 
         assert all(torch.equal(lora.state[key], expected.state[key]) for key in lora.state), name
 
 
-def test_mixed_ranks_and_alphas_survive(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_mixed_ranks_and_alphas_survive(folders: dict[str, Path], pipes: dict[str, Any], tmp_path: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(folders["sdxl"] / "unet")
     patterns = {"rank_pattern": {"to_v": 3}, "alpha_pattern": {"to_k": 9.0}}
     torch.manual_seed(0)
@@ -173,24 +194,27 @@ def test_mixed_ranks_and_alphas_survive(folders: dict[str, Path], tmp_path: Path
     assert file.name == "pytorch_lora_weights.safetensors"
     assert set(read_lora(file).ranks.values()) == {2, 3}
     assert set(read_lora(file).alphas.values()) == {1.0, 9.0}
-    pipe = DiffusionPipeline.from_pretrained(folders["sdxl"])
+    wanted, pipe = _output(unet), pipes["sdxl"]
     pipe.load_lora_weights(tmp_path)
-    _close(_output(pipe.unet), _output(unet))
+    found = _output(pipe.unet)
+    pipe.unload_lora_weights()
+    _close(found, wanted)
     ours = UNet2DConditionModel.from_pretrained(folders["sdxl"] / "unet")
     load_adapter(ours, file)
-    _close(_output(ours), _output(unet))
+    _close(_output(ours), wanted)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merged_pipeline_equals_base_plus_lora(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
-    trained = _with_lora(family, folders[family], rank=4, alpha=2.0, targets=EVERYTHING)
-    run = tmp_path / "run"
+def test_merged_pipeline_equals_base_plus_lora(
+    folders: dict[str, Path], trained: Trained, tmp_path: Path, family: str
+) -> None:
+    ours, run = trained(family, EVERYTHING), tmp_path / "run"
     run.mkdir()
-    save_lora(trained, run)
+    save_lora(ours, run)
     (run / "config.yaml").write_text(f"model: {folders[family]}\n")
     out = run_export(run, tmp_path / "merged")
     merged = DiffusionPipeline.from_pretrained(out)
-    _close(_output(merged.unet), _output(trained))
+    _close(_output(merged.unet), _output(ours))
     assert not any(".lora_" in key for key in load_file(next((out / "unet").glob("*.safetensors"))))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merged", "run"]
     same = (out / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
@@ -210,9 +234,8 @@ def test_full_unet_folder_and_dtype(folders: dict[str, Path], tmp_path: Path) ->
     assert torch.equal(weights["conv_in.weight"], other.conv_in.weight.half())
 
 
-def test_kohya_export_of_a_run(folders: dict[str, Path], tmp_path: Path) -> None:
-    trained = _with_lora("sdxl", folders["sdxl"], rank=4, alpha=2.0, targets=ATTENTION)
-    file = save_lora(trained, tmp_path / "lora.safetensors")
+def test_kohya_export_of_a_run(folders: dict[str, Path], trained: Trained, tmp_path: Path) -> None:
+    file = save_lora(trained("sdxl", ATTENTION), tmp_path / "lora.safetensors")
     out = run_export(file, tmp_path / "k.safetensors", layout="kohya", model=str(folders["sdxl"]), dtype="fp16")
     with safe_open(str(out), framework="pt") as opened:
         keys, metadata = set(opened.keys()), opened.metadata()
@@ -225,17 +248,21 @@ def test_kohya_export_of_a_run(folders: dict[str, Path], tmp_path: Path) -> None
 
 
 def test_the_command_exports_a_lora_that_no_run_is_beside(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folders: dict[str, Path],
+    trained: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    lora = save_lora(_with_lora("sdxl", folders["sdxl"], 4, 2.0, ATTENTION), tmp_path)
-    expected = lora_of(_with_lora("sdxl", folders["sdxl"], 4, 2.0, ATTENTION))
-    for source in (lora, tmp_path):
+    ours = trained("sdxl", ATTENTION)
+    lora, expected = save_lora(ours, tmp_path), lora_of(ours)
+    for source, layouts in ((lora, ("kohya",)), (tmp_path, ("pipeline", "diffusers", "kohya"))):
         command = ["fastpref", "export", str(source), "--out"]
         monkeypatch.setattr("sys.argv", [*command, str(tmp_path / "x")])
         with pytest.raises(SystemExit) as stop:
             main()
         assert stop.value.code == 2 and "give --model FOLDER" in capsys.readouterr().err
-        for layout in ("pipeline", "diffusers", "kohya"):
+        for layout in layouts:
             more = ["--model", str(folders["sdxl"]), "--layout", layout, "--overwrite"]
             monkeypatch.setattr("sys.argv", [*command, str(tmp_path / "out" / layout), *more])
             with pytest.raises(SystemExit) as stop:
@@ -243,8 +270,8 @@ def test_the_command_exports_a_lora_that_no_run_is_beside(
             assert stop.value.code == 0
             if layout != "pipeline":
                 assert read_lora(tmp_path / "out" / layout).alphas == expected.alphas
-    merged = DiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
-    _close(_output(merged.unet), _output(_with_lora("sdxl", folders["sdxl"], 4, 2.0, ATTENTION)))
+    merged = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "pipeline" / "unet")
+    _close(_output(merged), _output(ours))
 
 
 def _bad_files(folder: Path) -> dict[str, Path]:
@@ -279,9 +306,8 @@ def test_bad_lora_files_are_named(tmp_path: Path) -> None:
         assert file.name in str(caught.value)
 
 
-def test_bad_exports_write_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
-    trained = _with_lora("sd15", folders["sd15"], rank=4, alpha=2.0, targets=ATTENTION)
-    lora = save_lora(trained, tmp_path / "lora.safetensors")
+def test_bad_exports_write_nothing(folders: dict[str, Path], trained: Trained, tmp_path: Path) -> None:
+    lora = save_lora(trained("sd15", ATTENTION), tmp_path / "lora.safetensors")
     before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(UserError, match="another UNet"):
         export_pipeline(folders["sdxl"], tmp_path / "out", lora=lora)
@@ -302,9 +328,8 @@ def test_bad_exports_write_nothing(folders: dict[str, Path], tmp_path: Path) -> 
         run_export(folders["sd15"], tmp_path / "x.safetensors", layout="kohya", model=str(folders["sd15"]))
 
 
-def test_metadata_is_what_diffusers_itself_writes(folders: dict[str, Path], tmp_path: Path) -> None:
-    trained = _with_lora("sd15", folders["sd15"], rank=4, alpha=2.0, targets=ATTENTION)
-    with safe_open(str(save_lora(trained, tmp_path)), framework="pt") as opened:
+def test_metadata_is_what_diffusers_itself_writes(trained: Trained, tmp_path: Path) -> None:
+    with safe_open(str(save_lora(trained("sd15", ATTENTION), tmp_path)), framework="pt") as opened:
         ours = json.loads(opened.metadata()["lora_adapter_metadata"])
     assert (ours["unet.r"], ours["unet.lora_alpha"]) == (4, 2.0)
     assert all(key.startswith("unet.") for key in ours)

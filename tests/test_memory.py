@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
-HOLES = """
+# A new interpreter each, for its environment and its own peak; torch, which this needs none of, would take seconds.
+IMPORT = "import sys, types; sys.modules['torch'] = types.ModuleType('torch')\n"
+HOLES = f"""{IMPORT}
 from fastpref.memory import give_back_freed_blocks, resident_bytes
 give_back_freed_blocks()
 bytearray(30 << 20)  # glibc learns from it to keep what is smaller
@@ -28,12 +30,12 @@ def test_freed_blocks_between_others_go_back_to_the_system(environment: dict[str
     assert (int(done.stdout) >= 60) == given_back
 
 
-PEAK = "from fastpref.memory import peak_rss_bytes; print(peak_rss_bytes())"
+PEAK = f"{IMPORT}from fastpref.memory import peak_rss_bytes; bytearray(b'x') * (100 << 20); print(peak_rss_bytes())"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere getrusage is all there is")
 def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
     """On Linux getrusage's ru_maxrss outlives exec: it would give a child what its parent held."""
-    held = bytearray(b"x") * (1500 << 20)
+    held = bytearray(b"x") * (400 << 20)
     done = subprocess.run([sys.executable, "-c", PEAK], check=True, text=True, capture_output=True)
-    assert 100 << 20 < int(done.stdout) < len(held)
+    assert 100 << 20 <= int(done.stdout) < len(held)

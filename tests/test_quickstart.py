@@ -20,7 +20,7 @@ RECIPE = Path(__file__).parent.parent / "configs" / "emoji_rpo.yaml"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, few_records: Path) -> tuple[Path, Config]:
-    """A finished run of four steps on 40 pairs."""
+    """A finished run of two steps on 40 pairs."""
     from fastpref.data.prepare import prepare
     from fastpref.runs import run_training
 
@@ -31,10 +31,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, few_records: Path) -> tuple[Pa
             f"records={few_records}",
             f"store={folder}/store",
             f"output_dir={folder}/runs",
-            "steps=4",
+            "steps=2",
             "warmup_steps=0",
             "eval_prompts=4",
-            "sample_steps=4",
+            "sample_steps=2",
         ],
     )
     prepare(config, progress=False)

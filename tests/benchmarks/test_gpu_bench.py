@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from gpu_bench_world import OverLimit, World  # noqa: E402
 from stand_in_gpu import StandInGpu, on_gpu  # noqa: E402
 from stand_in_graphs import Graph  # noqa: E402
 
+from fastpref.emoji import random_models  # noqa: E402
 from fastpref.models import public  # noqa: E402
 
 Row = dict[str, Any]
@@ -36,6 +38,20 @@ CPU = torch.device("cpu")
 FEW = {"dpo-4-ledger", "dpo-4", "rpo-4x1-kept-ledger", "sft-4"}
 # A step's rows through the UNet, forward and backward: two a pair (SFT one), and as many for a reference.
 PASSES = {"dpo-4-ledger": (8, 8), "dpo-4": (16, 8), "rpo-4x1-kept-ledger": (8, 8), "sft-4": (4, 4)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small(one_level_unet: Path) -> Iterator[None]:
+    """Random SDXLs are made with that UNet."""
+    make = random_models.make_random_sdxl
+
+    def made(folder: Path, **settings: Any) -> Path:
+        shutil.copytree(one_level_unet, make(folder, **settings) / "unet", dirs_exist_ok=True)
+        return folder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random_models, "make_random_sdxl", made)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +330,14 @@ def test_sdxl_s_inputs_and_weights_that_all_arms_share(tmp_path: Path, monkeypat
     small = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
     monkeypatch.setitem(public.VAES, "sdxl", public.VAES["sdxl"] | small)
     monkeypatch.setattr(worlds_of, "SDXL", (*worlds_of.SDXL, "resolution=64"))
+    text_config = random_models.text_config
+
+    def narrow(*arguments: Any) -> Any:  # inside; what the encoders put out stays
+        found = text_config(*arguments)
+        found.intermediate_size = 32
+        return found
+
+    monkeypatch.setattr(random_models, "text_config", narrow)
     with worlds_of.open_gpu_world("sdxl", CPU, tmp_path) as world:
         assert not list((tmp_path / "model" / "unet").glob("*.safetensors"))
         trainer = world.trainer("method=dpo", "reference=ledger", "batch_size=4")

@@ -27,12 +27,13 @@ from fastpref.errors import UserError  # noqa: E402
 from fastpref.models import policy  # noqa: E402
 from fastpref.train.offline import OfflineTrainer  # noqa: E402
 
-STEPS = 8
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return [*worlds.open_world("random", tmp_path_factory.mktemp("world"), pairs=24), "learning_rate=1e-3"]
+def settings(tmp_path_factory: pytest.TempPathFactory, one_level_unet: Path) -> list[str]:
+    folder, small = tmp_path_factory.mktemp("world"), [f"unet={one_level_unet}"]
+    return [*worlds.open_world("random", folder, small, pairs=24), "learning_rate=1e-3"]
 
 
 @pytest.mark.parametrize("method", bench.METHODS)

@@ -23,9 +23,9 @@ from fastpref_kernels import lora_linear  # noqa: E402
 
 TINY: dict[str, Any] = {
     "sample_size": 8,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "block_out_channels": (16,),
     "layers_per_block": 1,
     "norm_num_groups": 4,
     "attention_head_dim": 2,

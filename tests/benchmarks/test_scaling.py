@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from torch import distributed as dist
@@ -43,7 +46,25 @@ def test_a_ring_of_four_sends_what_is_counted(group: None) -> None:
         dist.gather(values, [torch.empty_like(values)], 0)
 
 
-def test_two_ranks_under_zero_2_send_what_the_plan_says(tmp_path: Path) -> None:
+def forks(command: list[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+    """What torchrun does with the command, with forked processes in place of new interpreters; rank 0's answer."""
+    *launcher, count, script, job = command
+    assert launcher == [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        common = env | {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    numbers = map(str, range(int(count)))
+    started = [forked.Process([script, job], common | {"RANK": rank, "LOCAL_RANK": rank}) for rank in numbers]
+    try:
+        said = [process.communicate(300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return subprocess.CompletedProcess(command, max(process.wait() for process in started), *said[0])
+
+
+def test_two_ranks_under_zero_2_send_what_the_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "subprocess", SimpleNamespace(run=forks))
     settings = worlds.open_world("random", tmp_path, pairs=16)
     row = ranks.launch(settings, "full ZeRO-2", 2, 1)
     assert row["formula_bytes"] < row["sent_bytes"] < 1.01 * row["formula_bytes"]
@@ -84,9 +105,10 @@ def test_logit_and_gradient_by_hand(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_way_of_half_precision_is_another(tmp_path: Path) -> None:
+def test_every_way_of_half_precision_is_another(tmp_path: Path, one_level_unet: Path) -> None:
     """On a small model: fp32 is nearest to fp64, then come rounded weights, bf16 with the fp32 parts, bf16 without."""
-    rows = numerics.measure(worlds.open_world("random", tmp_path, ["device=cpu"], pairs=16), draws=2, steps=2)
+    small = ["device=cpu", f"unet={one_level_unet}"]
+    rows = numerics.measure(worlds.open_world("random", tmp_path, small, pairs=16), draws=2, steps=2)
     found = {row["arm"]: float(row["prediction"]) for row in rows}
     assert len({*found.values()}) >= len(numerics.ARMS) - 1  # on a CPU autocast is the pass without fp32 parts
     assert found["fp32"] < found[precision_arms.ROUNDED] < found[precision_arms.ONE_DTYPE] < found["no fp32 islands"]

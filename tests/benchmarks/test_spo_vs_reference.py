@@ -22,11 +22,15 @@ from fastpref.errors import UserError  # noqa: E402
 PROMPTS = 2
 
 
+Outcomes = tuple[bench.Outcome, bench.Outcome, list[list[torch.Tensor]]]
+
+
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[bench.Outcome, bench.Outcome, list[list[torch.Tensor]]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory, one_level_unet: Path) -> Outcomes:
     """A round of either side in fp64, away from the reference, and the LoRA's weights after each."""
     folder = tmp_path_factory.mktemp("tiny")
-    config = bench.tiny_config(folder, "precision=fp64", "batch_size=4", "rollout_batch_size=1", "decode_batch_size=3")
+    small = [f"unet={one_level_unet}", "precision=fp64", "batch_size=4", "rollout_batch_size=1", "decode_batch_size=3"]
+    config = bench.tiny_config(folder, *small)
     both = bench.Bench(config, PROMPTS, folder, std=0.2)
     found, weights = [], []
     trained = (both.literal.trained, both.trainer.policy.trainable.values())

@@ -73,11 +73,11 @@ def toy_npz(path, count: int = 60) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(1)
     colours, things = ("red", "blue", "green", "gold", "grey", "pink"), ("cat", "hat", "sun", "bus", "cup", "key")
     names = [f"{c}-{t}" for c in colours for t in things] + [f"thing{i}-alone" for i in range(count - 36)]
-    arrays = {
-        "names": np.array(names),
-        "flat": generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8),
-        "mono": np.repeat(generator.integers(0, 256, (count, 32, 32, 1), dtype=np.uint8), 3, axis=-1),
-    }
+
+    def squares(colours: int) -> np.ndarray:  # of 8 x 8 pixels, which compress in a tenth of the time that noise takes
+        return generator.integers(0, 256, (count, 4, 4, colours), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+
+    arrays = {"names": np.array(names), "flat": squares(3), "mono": squares(1).repeat(3, axis=-1)}
     np.savez(path, **arrays)
     return arrays
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from fastpref.config import Config, parse_config
 from fastpref.errors import UserError
+from fastpref.evaluate import sample
 from fastpref.evaluate.sample import load_policy_pipeline
 from fastpref.models.export import run_export
 from fastpref.models.loading import unet_fingerprint
@@ -36,8 +39,18 @@ EPS32 = torch.finfo(torch.float32).eps
 State = dict[str, torch.Tensor]
 
 
+@functools.cache
+def _opened(folder: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(folder / "unet")
+
+
+def _base(folder: Path) -> UNet2DConditionModel:
+    """The folder's UNet, to be changed."""
+    return copy.deepcopy(_opened(folder))
+
+
 def _adapted(sdxl: Path, **settings: Any) -> UNet2DConditionModel:
-    unet = UNet2DConditionModel.from_pretrained(sdxl / "unet")
+    unet = _base(sdxl)
     torch.manual_seed(2)
     unet.add_adapter(LoraConfig(init_lora_weights=False, **{"target_modules": TARGETS, "r": 4, **settings}))
     return unet
@@ -84,7 +97,7 @@ def _comfy(module: str, part: str) -> str:
 
 
 def _peft(sdxl: Path, folder: Path, **settings: Any) -> UNet2DConditionModel:
-    base = UNet2DConditionModel.from_pretrained(sdxl / "unet")
+    base = _base(sdxl)
     torch.manual_seed(2)
     config = LoraConfig(init_lora_weights=False, **{"target_modules": TARGETS, "r": 4, **settings})
     get_peft_model(base, config).save_pretrained(folder)
@@ -132,10 +145,13 @@ PUBLISHED: dict[str, Callable[[Path, Path], UNet2DConditionModel]] = {
     "old": lambda m, f: _written(m, f, _old, lora_alpha=4),
 }
 
+# One layout of each kind of numbers; what is read of the others is written by the same code.
+NUMBERS = ("peft", "diffusers rslora", "diffusers rslora patterns", "kohya patterns")
+
 
 def _oracle(sdxl: Path, adapted: UNet2DConditionModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Weight name to (W + scale B A in float64, what one fp32 matrix product and one sum may be off by)."""
-    base = UNet2DConditionModel.from_pretrained(sdxl / "unet").state_dict()
+    base = _opened(sdxl).state_dict()
     found = {}
     for module, layer in adapted.named_modules():
         if not hasattr(layer, "lora_A"):
@@ -166,6 +182,14 @@ def theirs(sdxl: Path) -> Any:
     return DiffusionPipeline.from_pretrained(sdxl)
 
 
+@pytest.fixture(scope="module")
+def plain_peft(sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA as peft writes it, of rank 4 and alpha 16, to be copied."""
+    folder = tmp_path_factory.mktemp("peft")
+    _peft(sdxl, folder, lora_alpha=16, target_modules=["to_q"])
+    return folder
+
+
 @pytest.mark.parametrize("layout", PUBLISHED)
 def test_every_reader_applies_the_strength_of_every_published_layout(
     sdxl: Path, theirs: Any, tmp_path: Path, layout: str
@@ -190,9 +214,13 @@ def test_every_reader_applies_the_strength_of_every_published_layout(
     kohya = run_export(tmp_path / "lora", tmp_path / "kohya.safetensors", layout="kohya", model=str(sdxl))
     assert read_lora(kohya, unet_config=policy.unet.config).alphas == pytest.approx(read_lora(again).alphas, rel=EPS32)
     plain = run_export(tmp_path / "lora", tmp_path / "diffusers.safetensors", layout="diffusers", model=str(sdxl))
-    # diffusers drops the alpha of an attention layer in a kohya file where it is not the commonest one
-    for file in (again, plain, *([] if layout.endswith("rslora patterns") else [kohya])):
-        theirs.unet = UNet2DConditionModel.from_pretrained(sdxl / "unet")
+    same = read_lora(plain)
+    assert same.alphas == pytest.approx(read_lora(again).alphas, rel=EPS32)
+    assert all(torch.equal(same.state[key], tensor) for key, tensor in read_lora(again).state.items())
+    # Of those that say the same, diffusers opens one. It drops the alpha of an attention layer in a kohya file where
+    # that is not the commonest one.
+    for file in (again, *([] if layout.endswith("rslora patterns") else [kohya])) if layout in NUMBERS else ():
+        theirs.unet = _base(sdxl)
         theirs.load_lora_weights(file.parent, weight_name=file.name)
         theirs.unet.fuse_lora()
         theirs.unet.unload_lora()
@@ -202,7 +230,7 @@ def test_every_reader_applies_the_strength_of_every_published_layout(
 @pytest.mark.parametrize("layout", [name for name in PUBLISHED if name.startswith(("peft", "diffusers"))])
 def test_the_merge_is_peft_s_and_diffusers_own_in_float64(sdxl: Path, tmp_path: Path, layout: str) -> None:
     PUBLISHED[layout](sdxl, tmp_path / "lora")
-    theirs = UNet2DConditionModel.from_pretrained(sdxl / "unet").double()
+    theirs = _base(sdxl).double()
     if layout.startswith("peft"):
         theirs = PeftModel.from_pretrained(theirs, tmp_path / "lora").merge_and_unload()
     else:
@@ -211,12 +239,13 @@ def test_the_merge_is_peft_s_and_diffusers_own_in_float64(sdxl: Path, tmp_path: 
         )
         theirs.fuse_lora()
         theirs.unload_lora()
-    ours = UNet2DConditionModel.from_pretrained(sdxl / "unet").double()
+    ours = _base(sdxl).double()
     load_adapter(ours, tmp_path / "lora", "a")
     ours.fuse_lora()
     ours.unload_lora()
+    found = ours.state_dict()
     for name, weight in theirs.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], weight, rtol=4 * torch.finfo(torch.float64).eps, atol=1e-14)
+        torch.testing.assert_close(found[name], weight, rtol=4 * torch.finfo(torch.float64).eps, atol=1e-14)
 
 
 def test_an_alpha_that_half_precision_rounds_is_written_in_full(sdxl: Path, tmp_path: Path) -> None:
@@ -265,8 +294,8 @@ def test_the_adapter_of_a_unet_is_written_as_strong_as_it_acts(sdxl: Path, tmp_p
     ],
     ids=str,
 )
-def test_what_a_plain_lora_does_not_have_is_refused(sdxl: Path, tmp_path: Path, change: Any, says: str) -> None:
-    _peft(sdxl, tmp_path, lora_alpha=16, target_modules=["to_q"])
+def test_what_a_plain_lora_does_not_have_is_refused(plain_peft: Path, tmp_path: Path, change: Any, says: str) -> None:
+    shutil.copytree(plain_peft, tmp_path, dirs_exist_ok=True)
     config = tmp_path / "adapter_config.json"
     if change == "missing":
         config.unlink()
@@ -286,8 +315,8 @@ def test_what_a_plain_lora_does_not_have_is_refused(sdxl: Path, tmp_path: Path, 
             read_lora(tmp_path / "d.safetensors")
 
 
-def test_settings_that_change_nothing_are_read(sdxl: Path, tmp_path: Path) -> None:
-    _peft(sdxl, tmp_path, lora_alpha=16, target_modules=["to_q"])
+def test_settings_that_change_nothing_are_read(plain_peft: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain_peft, tmp_path, dirs_exist_ok=True)
     config = tmp_path / "adapter_config.json"
     change = {"fan_in_fan_out": True, "lora_dropout": 0.3, "inference_mode": True, "init_lora_weights": "gaussian"}
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
@@ -338,8 +367,16 @@ TINY_NAN = _pair() | {f"{PROJ}.lora_B.weight": torch.full((32, 2), torch.nan).to
     ],
 )
 def test_a_lora_that_contradicts_itself_or_is_broken_is_one_line(
-    tmp_path: Path, sdxl: Path, state: State, metadata: dict[str, str] | None, says: str
+    theirs: Any,
+    sdxl: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    state: State,
+    metadata: dict[str, str] | None,
+    says: str,
 ) -> None:
+    texts = {part: getattr(theirs, part) for part in KOHYA_TEXT}
+    monkeypatch.setattr(sample, "load_pipeline", lambda *_: argparse.Namespace(unet=_base(sdxl), **texts))
     save_file({key: tensor.clone() for key, tensor in state.items()}, tmp_path / "bad.safetensors", metadata=metadata)
     with pytest.raises(UserError, match=says) as caught:
         load_policy_pipeline(parse_config({"model": str(sdxl)}), lora=tmp_path / "bad.safetensors")
@@ -377,8 +414,8 @@ def test_a_folder_means_one_lora(tmp_path: Path) -> None:
         resolve_lora(tmp_path)
 
 
-def test_the_fingerprint_covers_what_decides_the_strength(sdxl: Path, tmp_path: Path) -> None:
-    _peft(sdxl, tmp_path, lora_alpha=16, target_modules=["to_q"])
+def test_the_fingerprint_covers_what_decides_the_strength(sdxl: Path, plain_peft: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain_peft, tmp_path, dirs_exist_ok=True)
     config, found = tmp_path / "adapter_config.json", set()
     for path in (str(tmp_path), str(tmp_path / "adapter_model.safetensors")):
         found.add(unet_fingerprint(sdxl, None, path))
@@ -545,7 +582,7 @@ def test_other_shapes_are_one_line_that_names_the_module(
 
 
 def test_a_unet_of_a_run_is_what_its_lora_is_merged_into(sdxl: Path, tmp_path: Path) -> None:
-    other = UNet2DConditionModel.from_pretrained(sdxl / "unet")
+    other = _base(sdxl)
     with torch.no_grad():
         other.conv_in.weight.add_(1)
     other.save_pretrained(tmp_path / "other" / "unet")
@@ -560,7 +597,7 @@ def test_a_unet_of_a_run_is_what_its_lora_is_merged_into(sdxl: Path, tmp_path: P
 
 
 def test_a_unet_with_nan_and_a_dtype_that_overflows_export_nothing(sdxl: Path, tmp_path: Path) -> None:
-    unet = UNet2DConditionModel.from_pretrained(sdxl / "unet")
+    unet = _base(sdxl)
     with torch.no_grad():
         unet.conv_out.weight[0, 0, 0, 0] = 1e5
     unet.save_pretrained(tmp_path / "wide")

@@ -6,6 +6,7 @@ The models are small but have the real blocks and names; the renaming to the ori
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import struct
@@ -72,8 +73,9 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTPREF_CACHE", str(tmp_path / "cache"))
 
 
+@functools.cache
 def make_parts(family: str) -> Parts:
-    """Random weights of the (narrow) public models, every one of them moved."""
+    """Random weights of the public models, which are narrow whenever a test asks; every one of them moved."""
     torch.manual_seed(3)
     models: dict[str, Any] = {
         "unet": UNet2DConditionModel(**public.UNETS[family]),
@@ -326,7 +328,8 @@ def test_a_file_is_planned_prepared_trained_sampled_and_exported(
     save_file(start, tmp_path / "start.safetensors")
     settings = [f"model={file}", f"unet={tmp_path}/start.safetensors", f"records={few_records}", "resolution=64"]
     settings += ["prediction_type=v_prediction_zero_snr"]
-    settings += [f"store={tmp_path}/store", f"output_dir={tmp_path}", "method=dpo", "evaluate=false", "tracker=none"]
+    settings += [f"store={tmp_path}/store", f"output_dir={tmp_path}", "method=sft", "evaluate=false", "tracker=none"]
+    settings += ["sample_steps=2"]
     config = load_config("", [*settings, "steps=1", "batch_size=2", "lora_rank=2", "name=run"])
     with monkeypatch.context() as only_a_plan:
         only_a_plan.setattr(single_file, "_make", lambda *_: pytest.fail("a plan converts nothing"))
@@ -356,7 +359,7 @@ def test_every_command_opens_the_file_as_the_key_says(
     ]
     settings += [f"store={tmp_path}/store", f"output_dir={tmp_path}", f"clip={clip}", "resolution=64", "tracker=none"]
     settings += ["method=spo", "steps=1", "batch_size=2", "rollout_prompts=2", "candidates=2", "plain_steps=1"]
-    settings += ["sample_steps=2", "score_threshold=0", "lora_rank=2", "name=run"]
+    settings += ["sample_steps=2", "score_threshold=0", "lora_rank=2", "eval_prompts=2", "name=run"]
     config = load_config("", settings)
     run_training(config)
     run_sample(config, ["a cat"], [0], lora=tmp_path / "run", out_dir=tmp_path / "pictures")

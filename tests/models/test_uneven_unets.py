@@ -142,18 +142,19 @@ def test_an_uneven_unet_is_trained_sampled_and_exported(
     drawn = load_policy_pipeline(settings, lora=settings.run_dir).unet
     drawn.fuse_lora()
     drawn.unload_lora()
+    wanted = drawn.state_dict()
     for layout in ("diffusers", "kohya"):
         lora = run_export(settings.run_dir, tmp_path / f"{layout}.safetensors", layout=layout)  # type: ignore[arg-type]
         merged = load_file(
             next((run_export(lora, tmp_path / layout, model=str(uneven)) / "unet").glob("*.safetensors"))
         )
-        assert merged.keys() == drawn.state_dict().keys()
-        assert all(torch.equal(tensor, drawn.state_dict()[name]) for name, tensor in merged.items())
+        assert merged.keys() == wanted.keys()
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in merged.items())
     theirs = UNet2DConditionModel.from_pretrained(uneven / "unet")
     theirs.load_lora_adapter(tmp_path / "diffusers.safetensors", prefix="unet", use_safetensors=True)
     theirs.fuse_lora()
     theirs.unload_lora()
-    assert all(torch.equal(tensor, drawn.state_dict()[name]) for name, tensor in theirs.state_dict().items())
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in theirs.state_dict().items())
 
 
 def test_no_number_is_asked_for_where_no_name_has_one(tmp_path: Path) -> None:

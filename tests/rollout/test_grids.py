@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
 from typing import Any
 
@@ -48,14 +49,20 @@ def predict(noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditio
     return torch.sin(3 * noisy + timesteps.view(-1, 1, 1, 1) / 100)
 
 
+@functools.cache
+def diffusers_ddim(*config: tuple[str, Any]) -> Any:
+    ddim = DDIMScheduler.from_config({**dict(config), "clip_sample": False, "set_alpha_to_one": False})
+    ddim.alphas_cumprod = ddim.alphas_cumprod.double()
+    return ddim
+
+
 def diffusers_step(config: dict[str, Any], x: torch.Tensor, t: int, t_prev: int, z: torch.Tensor) -> torch.Tensor:
     """One step of diffusers' own DDIM in float64, with a stride that leads it to ``t_prev``.
 
     From ᾱ_t = 0 σ² is 1 - ᾱ_prev and nothing is left for the direction; there diffusers takes the root of a rounding
     error of either sign, so the formula stands in for it.
     """
-    ddim = DDIMScheduler.from_config({**config, "clip_sample": False, "set_alpha_to_one": False})
-    ddim.alphas_cumprod = ddim.alphas_cumprod.double()
+    ddim = diffusers_ddim(*config.items())
     ddim.num_inference_steps = Fraction(len(ddim.alphas_cumprod), t - t_prev)
     prediction = predict(x, torch.full((len(x),), t), None)  # type: ignore[arg-type]
     if ddim.alphas_cumprod[t] == 0:  # v is -x0 there
