@@ -75,11 +75,12 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def one_level_unet(tmp_path_factory: pytest.TempPathFactory, sdxl: Path) -> Path:
-    """A UNet for it of one level, attention in its mid block: for what costs by the module."""
+    """A UNet for it of one level with attention on its way down: for what costs by the module."""
     import torch
     from diffusers import UNet2DConditionModel
 
-    one_level = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [16]}
+    one_level = {"down_block_types": ["CrossAttnDownBlock2D"], "mid_block_type": "UNetMidBlock2D"}
+    one_level |= {"up_block_types": ["UpBlock2D"], "block_out_channels": [16]}
     settings = json.loads((sdxl / "unet" / "config.json").read_text())
     folder = tmp_path_factory.mktemp("models") / "one_level_unet"
     with torch.random.fork_rng():
@@ -145,9 +146,21 @@ def sdxl_config(sdxl_config_in: Callable[..., Any], tmp_path: Path) -> Callable[
 
 
 @pytest.fixture
-def sd15_config(sd15: Path, sd15_store: Path, tmp_path: Path) -> Callable[..., Any]:
-    """``sdxl_config`` on the random SD1.5."""
-    return _recipe(sd15, sd15_store, tmp_path)
+def one_level_config(sdxl_config: Callable[..., Any], one_level_unet: Path) -> Callable[..., Any]:
+    """``sdxl_config`` with the UNet of one level."""
+    return lambda *overrides: sdxl_config(f"unet={one_level_unet}", *overrides)
+
+
+@pytest.fixture(scope="session")
+def sd15_config_in(sd15: Path, sd15_store: Path) -> Callable[..., Any]:
+    """``sdxl_config_in`` on the random SD1.5."""
+    return lambda folder: _recipe(sd15, sd15_store, folder)
+
+
+@pytest.fixture
+def sd15_config(sd15_config_in: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """The same, writing below the test's own folder."""
+    return sd15_config_in(tmp_path)
 
 
 def _recipe(model: Path, store: Path, tmp_path: Path) -> Callable[..., Any]:

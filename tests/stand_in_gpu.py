@@ -11,12 +11,12 @@ build of torch aborts when it builds a graph of its cuda tensors.
 
 from __future__ import annotations
 
-import functools
+import linecache
 import os
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -41,6 +41,9 @@ _HALVED = ("mm", "addmm", "mv", "addmv", "bmm", "baddbmm", "convolution", "convo
 _READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique2", "bincount", "is_nonzero")
 _COPIES = ("_to_copy", "copy_", "_foreach_copy_")
 _INDEXED = ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_")
+# Whatever they are given: they may make the host wait, or are decided here
+_WATCHED = frozenset((*_READS, *_COPIES, *_INDEXED, "_fused_sdp_choice"))
+_CHOOSING = frozenset(("device", "generator", "pin_memory"))  # arguments that choose a device
 _FOREACH_SCALARS = ("_foreach_add_", "_foreach_mul_", "_foreach_div_")
 _PAGE_LOCKED: Any = WeakIdKeyDictionary()  # storages on the CPU
 
@@ -232,8 +235,10 @@ def on_gpu(tensor: torch.Tensor) -> bool:
 
 def _computed(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str]) -> Any:
     name = _name(func)
-    given = [*_tensors(args), *_tensors(kwargs.values())]
+    given = [x for value in (*args, *kwargs.values()) for x in _tensors(value)]
     wrappers = {id(x.inner): x for x in given if isinstance(x, GpuTensor)}
+    if not wrappers and name not in _WATCHED and _CHOOSING.isdisjoint(kwargs):
+        return func(*args, **kwargs)  # the CPU's own: most calls, of the noise above all
     _refuse_mixtures(func, name, given)
     target = kwargs.get("device")
     target = target and torch.device(target)
@@ -241,7 +246,8 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str])
     generator = kwargs.get("generator")
     if generator is not None and _Generator.kinds.get(generator._cdata, "cpu") != ("cuda" if there else "cpu"):
         raise MixedDevices(f"{func}: the generator is of the other device")
-    _count_waits(name, given, there, kwargs, args, waits)
+    if name in _WATCHED:
+        _count_waits(name, given, there, kwargs, args, waits)
     if name == "_fused_sdp_choice":
         return 0  # the composite of plain ops: the fused ones differ by device
     if target is not None and there:
@@ -249,9 +255,10 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str])
     page_locked = kwargs.get("pin_memory") and not there
     if "pin_memory" in kwargs:
         kwargs["pin_memory"] = False
-    inner_args, inner_kwargs = _changed(_inner, args), {key: _changed(_inner, v) for key, v in kwargs.items()}
-    if wrappers:
-        inner_args = _autocast(name, inner_args)
+    inner_args = tuple(_mapped(_inner, value) for value in args)
+    inner_kwargs = {key: _mapped(_inner, value) for key, value in kwargs.items()}
+    if wrappers and name in _HALVED:
+        inner_args = _autocast(inner_args)
     recorder = Recording.recorder if there else None
     if recorder is not None:
         _refuse_uploads(func, given)
@@ -264,50 +271,43 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str])
     if page_locked or (name == "_to_copy" and wrappers and not there and kwargs.get("non_blocking")):
         _PAGE_LOCKED[found.untyped_storage()] = None  # torch downloads to page-locked memory then
 
-    def outer(value: torch.Tensor) -> torch.Tensor:
+    def outer(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
         if id(value) in wrappers:
             same = wrappers[id(value)]
             assert same.shape == value.shape, f"{func} changes the shape in place, which the stand-in cannot"
             return same
         return GpuTensor(value) if there else value
 
-    return _changed(outer, found)
+    return _mapped(outer, found)
 
 
-@functools.cache
+@cache
 def _name(func: Any) -> str:
     return func._schema.name.removeprefix("aten::")  # type: ignore[no-any-return]
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """Of an op's arguments; torch's pytrees take several times as long for every op."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
-
-
-def _changed(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """Arguments or results with every tensor changed."""
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Of an argument, which may be a list: an op's are no deeper, and torch's trees take as long as the ops here."""
     if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, list | tuple):
-        return type(value)([_changed(change, item) for item in value])
-    return value
+        return [value]
+    return [x for x in value if isinstance(x, torch.Tensor)] if isinstance(value, list | tuple) else []
 
 
-def _autocast(name: str, args: Any) -> Any:
+def _mapped(change: Any, value: Any) -> Any:
+    return type(value)(map(change, value)) if type(value) in (list, tuple) else change(value)
+
+
+def _autocast(args: Any) -> Any:
     """Arguments in the dtype autocast gives them. A backward, where it is off, meets what the forward made."""
-    if name not in _HALVED:
-        return args
-    floats = [x.dtype for x in _tensors(args) if x.is_floating_point()]
+    floats = [x.dtype for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
     wanted = _Autocast.dtypes[-1] if _Autocast.dtypes else None
     halves = [dtype for dtype in floats if dtype.itemsize == 2]
     to = wanted or next(iter(halves), None)
     if to is None or torch.float64 in floats:
         return args
-    return _changed(lambda x: x.to(to) if x.is_floating_point() else x, args)
+    return tuple(x.to(to) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args)
 
 
 def _inner(value: Any) -> Any:
@@ -378,8 +378,10 @@ def _count_copy(here: torch.Tensor | None, up: bool, unblocked: bool, waits: Cou
 
 def _place() -> str:
     """The line of ours that waits."""
-    frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(_OURS)]
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].line}" if frames else "elsewhere"
+    for frame, number in traceback.walk_stack(None):
+        if (file := frame.f_code.co_filename).startswith(_OURS):
+            return f"{Path(file).name}:{number} {linecache.getline(file, number).strip()}"
+    return "elsewhere"
 
 
 def _indexed(to: Any) -> Any:
@@ -387,9 +389,11 @@ def _indexed(to: Any) -> Any:
     plain = torch.device("cuda")
 
     def chosen(value: Any) -> Any:
-        return CUDA if value == "cuda" or (isinstance(value, torch.device) and value == plain) else value
+        return CUDA if isinstance(value, str | torch.device) and torch.device(value) == plain else value
 
-    return lambda *args, **kwargs: to(*map(chosen, args), **{key: chosen(value) for key, value in kwargs.items()})
+    return lambda tensor, *args, **kwargs: to(
+        tensor, *map(chosen, args), **{key: chosen(value) for key, value in kwargs.items()}
+    )
 
 
 def _is_pinned(tensor: torch.Tensor) -> bool:

@@ -53,14 +53,14 @@ def test_the_public_unets_have_their_published_size(family: str) -> None:
     assert sum(p.numel() for p in unet.parameters()) == public.PARAMETERS[family]
 
 
-def counted(config: Config, pairs: int, side: int = 8) -> StepCount:
-    unet = json.loads((Path(config.model) / "unet" / "config.json").read_text())
-    return count_step(config, Shapes(unet, (4, side, side), 77), pairs)
+def counted(config: Config, pairs: int, side: int = 8, *, several: bool = False) -> StepCount:
+    unet = json.loads((Path(config.unet or f"{config.model}/unet") / "config.json").read_text())
+    return count_step(config, Shapes(unet, (4, side, side), 77), pairs, several=several)
 
 
-def test_weights_and_trained_values_are_those_of_the_loaded_policy(sdxl_config: MakeConfig) -> None:
+def test_weights_and_trained_values_are_those_of_the_loaded_policy(one_level_config: MakeConfig) -> None:
     for extra in (["train=lora", "precision=bf16"], ["train=full", "precision=bf16"]):
-        config = sdxl_config("method=dpo", *extra)
+        config = one_level_config("method=dpo", *extra)
         policy = TrainJob.open(config).trainer.policy
         count = counted(config, 1)
         everything = sum(tensor.nbytes for tensor in policy.tensors())
@@ -79,22 +79,22 @@ def test_checkpointing_saves_activations_and_full_costs_work(sdxl_config: MakeCo
     assert selective.flops == none.flops and full.flops > 1.1 * none.flops
 
 
-def test_a_fused_lora_does_the_same_work(sdxl_config: MakeConfig) -> None:
+def test_a_fused_lora_does_the_same_work(one_level_config: MakeConfig) -> None:
     for full in (False, True):
         mode = f"gradient_checkpointing={str(full).lower()}"
-        plain, fused = (counted(sdxl_config("method=dpo", mode, *fused), 2) for fused in ([], ["fused_ops=true"]))
+        plain, fused = (counted(one_level_config("method=dpo", mode, *fused), 2) for fused in ([], ["fused_ops=true"]))
         assert plain.flops == fused.flops and plain.forward_flops == fused.forward_flops
 
 
-def test_the_whole_batch_is_linear_in_it(sdxl_config: MakeConfig) -> None:
-    plain = counted(sdxl_config("method=dpo"), 2, 16)
-    double = counted(sdxl_config("method=dpo"), 4, 16)
+def test_the_whole_batch_is_linear_in_it(one_level_config: MakeConfig) -> None:
+    plain = counted(one_level_config("method=dpo"), 2, 16)
+    double = counted(one_level_config("method=dpo"), 4, 16)
     assert 1.8 < double.activations / plain.activations < 2.1 and 1.9 < double.flops / plain.flops <= 2.0
 
 
-def test_a_ledger_needs_no_reference(sdxl_config: MakeConfig) -> None:
+def test_a_ledger_needs_no_reference(one_level_config: MakeConfig) -> None:
     full = ["method=dpo", "train=full", "batch_size=2"]
-    copied, ledger = counted(sdxl_config(*full), 2), counted(sdxl_config(*full, "reference=ledger"), 2)
+    copied, ledger = counted(one_level_config(*full), 2), counted(one_level_config(*full, "reference=ledger"), 2)
     assert copied.frozen == ledger.trained and ledger.frozen == 0
     assert 0.70 < ledger.flops / copied.flops < 0.80  # three passes of four, a backward being two
 
@@ -131,29 +131,28 @@ def test_zero_divides_what_it_says(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.5, 0.3])
 def test_what_does_not_fit_gets_the_nearest_that_does(
-    sdxl_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, share: float
+    one_level_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
     """The suggestion, taken, fits; and the device is one that the recipe does not fit on."""
     recipe = ["method=dpo", "train=full", "batch_size=32", "gradient_checkpointing=none"]
-    need = make_plan(sdxl_config(*recipe), 1, "h100").best.total
+    need = make_plan(one_level_config(*recipe), 1, "h100").best.total
     monkeypatch.setattr(report, "device_bytes", lambda _: int(share * need / 0.9))
-    plan = make_plan(sdxl_config(*recipe), 1, "h100")
+    plan = make_plan(one_level_config(*recipe), 1, "h100")
     changes, _, gpus = plan.nearest.partition("on ")
     assert "gradient_checkpointing=" in changes
-    assert make_plan(sdxl_config(*recipe, *changes.split()), int(gpus.split()[0]), "h100").nearest == ""
+    assert make_plan(one_level_config(*recipe, *changes.split()), int(gpus.split()[0]), "h100").nearest == ""
 
 
-def test_rpo_in_micro_batches_goes_forward_twice(sdxl_config: MakeConfig) -> None:
+def test_rpo_in_micro_batches_goes_forward_twice(one_level_config: MakeConfig) -> None:
     """Reference, forward, and a backward that costs one more, for frozen weights get no gradient."""
-    whole = make_plan(sdxl_config("method=rpo", "batch_size=4"), 1, "h100")
-    parts = make_plan(sdxl_config("method=rpo", "batch_size=4", "micro_batch_size=2"), 1, "h100")
+    whole = make_plan(one_level_config("method=rpo", "batch_size=4"), 1, "h100")
+    parts = make_plan(one_level_config("method=rpo", "batch_size=4", "micro_batch_size=2"), 1, "h100")
     assert parts.flops / whole.flops == pytest.approx(4 / 3, abs=0.02)
 
 
-def test_gradients_wait_beside_the_activations_of_later_micro_batches(sdxl_config: MakeConfig) -> None:
-    config = sdxl_config("method=dpo", "train=full")
-    unet = json.loads((Path(config.model) / "unet" / "config.json").read_text())
-    one, many = (count_step(config, Shapes(unet, (4, 8, 8), 77), 2, several=several) for several in (False, True))
+def test_gradients_wait_beside_the_activations_of_later_micro_batches(one_level_config: MakeConfig) -> None:
+    config = one_level_config("method=dpo", "train=full")
+    one, many = (counted(config, 2, several=several) for several in (False, True))
     assert many.activations == one.activations and many.flops == one.flops
     assert many.peak == many.activations + many.gradients > one.peak
 
@@ -183,16 +182,16 @@ def test_predictions_on_emoji_are_within_a_tenth_of_the_measured_peaks(
     from fastpref.data.prepare import prepare
 
     settings = [f"records={few_records}", f"store={tmp_path}/store", f"output_dir={tmp_path}/runs", "clip=emoji"]
-    settings += ["method=dpo", "beta=100", "steps=2", "batch_size=24", "threads=1", "evaluate=false", "tracker=none"]
+    settings += ["method=dpo", "beta=100", "steps=1", "batch_size=24", "threads=1", "evaluate=false", "tracker=none"]
     config = load_config("", settings)
     prepare(config, progress=False)
     save_config(config, tmp_path / "recipe.yaml")
-    found = {}
-    for name, script in (("predicted", PREDICT), ("measured", MEASURE)):
-        env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        command = [sys.executable, "-c", script, str(tmp_path / "recipe.yaml"), *reversed(MODES)]
-        done = subprocess.run(command, check=True, text=True, capture_output=True, env=env)
-        found[name] = dict(zip(reversed(MODES), map(int, done.stdout.split()[-3:]), strict=True))
+    command = [sys.executable, "-c", PREDICT_AND_MEASURE, str(tmp_path / "recipe.yaml"), *reversed(MODES)]
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, check=True, text=True, capture_output=True, env=env)
+    numbers = list(map(int, done.stdout.split()[-2 * len(MODES) :]))
+    halves = {"predicted": numbers[: len(MODES)], "measured": numbers[len(MODES) :]}
+    found = {name: dict(zip(reversed(MODES), half, strict=True)) for name, half in halves.items()}
     with capsys.disabled():
         for mode in MODES:
             megabytes = (f"{name} {bytes_[mode] / 1e6:.0f} MB" for name, bytes_ in found.items())
@@ -201,23 +200,20 @@ def test_predictions_on_emoji_are_within_a_tenth_of_the_measured_peaks(
         assert abs(found["predicted"][mode] / found["measured"][mode] - 1) < 0.1, mode
 
 
-PREDICT = """
-import sys
-from fastpref.config import load_config
-from fastpref.plan.report import make_plan
-recipes = [load_config(sys.argv[1], [f"gradient_checkpointing={mode}"]) for mode in sys.argv[2:]]
-print(*(make_plan(recipe, 1, "cpu").best.total for recipe in recipes))
-"""
 # A UNet whose layers' forwards are overridden refers to itself: the one before goes with a collection.
-MEASURE = """
+PREDICT_AND_MEASURE = """
 import gc, json, sys
 from fastpref.config import load_config
+from fastpref.plan.report import make_plan
 from fastpref.runs import run_training
-for mode in sys.argv[2:]:
+recipes = [load_config(sys.argv[1], [f"gradient_checkpointing={mode}", f"name={mode}"]) for mode in sys.argv[2:]]
+predicted = [make_plan(recipe, 1, "cpu").best.total for recipe in recipes]
+measured = []
+for recipe in recipes:
     gc.collect()
-    config = load_config(sys.argv[1], [f"gradient_checkpointing={mode}", f"name={mode}"])
-    run_training(config)
-    print(json.loads((config.run_dir / "summary.json").read_text())["peak_rss_bytes"])
+    run_training(recipe)
+    measured.append(json.loads((recipe.run_dir / "summary.json").read_text())["peak_rss_bytes"])
+print(*predicted, *measured)
 """
 
 

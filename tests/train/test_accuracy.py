@@ -46,11 +46,11 @@ def test_preference_models_count_equal_scores_half_and_undecided_labels_not_at_a
     assert _figures(torch.stack([winner, loser, torch.tensor([label] * 4 + [0.5])]))["accuracy"] == expected
 
 
-def test_held_out_pairs(sdxl_config: Callable[..., Config], clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_pairs(one_level_config: Callable[..., Config], clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def margins(_: Any, pairs: list[Any], timesteps: list[int]) -> dict[int, list[float]]:
         return {t: [0.0] * len(pairs) if t else [1.0, -1.0, 0.0][: len(pairs)] for t in timesteps}
 
     monkeypatch.setattr(pair_accuracy._Judge, "margins", margins)
-    config = sdxl_config("method=spm", "train=full", f"clip={clip}", "eval_prompts=3", "eval_timesteps=[0,501]")
+    config = one_level_config("method=spm", "train=full", f"clip={clip}", "eval_prompts=3", "eval_timesteps=[0,501]")
     found = pair_accuracy.evaluate_pair_accuracy(config)
     assert found["details"]["pairs"] == 3 and found["pair_accuracy"] == {"0": 0.5, "501": 0.5}

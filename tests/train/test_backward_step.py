@@ -34,12 +34,12 @@ def small_engine(model: Weights, *overrides: str) -> BackwardEngine:
     return engine
 
 
-def test_it_is_the_ordinary_step_bit_for_bit(sdxl_config: MakeConfig) -> None:
+def test_it_is_the_ordinary_step_bit_for_bit(one_level_config: MakeConfig) -> None:
     results = []
     inside_backward = "step_in_backward=true"
     kinds = ([], [inside_backward], *([inside_backward, f"gradient_checkpointing={m}"] for m in ("selective", "full")))
     for extra in kinds:
-        trainer = TrainJob.open(sdxl_config(*FULL, "max_grad_norm=null", "warmup_steps=2", *extra)).trainer
+        trainer = TrainJob.open(one_level_config(*FULL, "max_grad_norm=null", "warmup_steps=2", *extra)).trainer
         metrics = [trainer.step(step) for step in range(3)]
         results.append((metrics, {n: p.detach().clone() for n, p in trainer.policy.trainable.items()}))
     plain, expected = results.pop(0)
@@ -55,9 +55,9 @@ def count_gradients(parameters: list[torch.nn.Parameter]) -> int:
     return sum(parameter.grad is not None for parameter in parameters)
 
 
-def test_gradients_are_never_all_alive(sdxl_config: MakeConfig) -> None:
+def test_gradients_are_never_all_alive(one_level_config: MakeConfig) -> None:
     """When a tensor is updated, no gradient of another one waits."""
-    trainer = TrainJob.open(sdxl_config(*FULL, "step_in_backward=true")).trainer
+    trainer = TrainJob.open(one_level_config(*FULL, "step_in_backward=true")).trainer
     parameters, alive = list(trainer.policy.trainable.values()), []
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(
@@ -153,7 +153,7 @@ def updated(weights: torch.Tensor, *overrides: str) -> torch.Tensor:
 
 
 def test_at_2e_5_plain_bf16_loses_most_updates_and_stochastic_rounding_none_in_the_mean(
-    sdxl_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+    one_level_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Weights of standard deviation 0.02, as SDXL's are; one AdamW step, which is the learning rate."""
     g = torch.Generator().manual_seed(0)
@@ -178,8 +178,8 @@ def test_at_2e_5_plain_bf16_loses_most_updates_and_stochastic_rounding_none_in_t
     assert float((accumulated.double() - weights.double()).mean()) == pytest.approx(-200 * 2e-5, rel=0.01)
 
 
-def test_pure_bf16_weights_and_training(sdxl_config: MakeConfig) -> None:
-    trainer = TrainJob.open(sdxl_config(*FULL, *PURE, "max_grad_norm=1.0")).trainer
+def test_pure_bf16_weights_and_training(one_level_config: MakeConfig) -> None:
+    trainer = TrainJob.open(one_level_config(*FULL, *PURE, "max_grad_norm=1.0")).trainer
     before = {n: p.detach().clone() for n, p in trainer.policy.trainable.items()}
     losses = [trainer.step(step)["loss"] for step in range(3)]
     wide = wide_names(trainer.policy.unet)

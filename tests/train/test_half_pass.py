@@ -60,8 +60,8 @@ def moved_away(policy: Policy, scale: float = 0.05) -> None:
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_nothing_is_cast_between_layers(sdxl_config: MakeConfig, train: str, precision: str) -> None:
-    trainer = opened(sdxl_config("method=dpo", f"train={train}", f"precision={precision}", "fused_ops=false"))
+def test_nothing_is_cast_between_layers(one_level_config: MakeConfig, train: str, precision: str) -> None:
+    trainer = opened(one_level_config("method=dpo", f"train={train}", f"precision={precision}", "fused_ops=false"))
     batch = trainer.batches.build(trainer.sampler.batch(0), slice(0, 2))
     inputs = batch.noisy, batch.timesteps, batch.conditioning
     for predict in (trainer.policy.predict, trainer.policy.predict_reference):
@@ -103,9 +103,9 @@ def test_it_is_no_worse_than_autocast(sdxl_config: MakeConfig, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
-def test_gradients_add_up_in_fp32_and_copies_follow_their_masters(sdxl_config: MakeConfig, train: str) -> None:
+def test_gradients_add_up_in_fp32_and_copies_follow_their_masters(one_level_config: MakeConfig, train: str) -> None:
     common = ["method=dpo", "precision=bf16", f"train={train}", "max_grad_norm=null", "learning_rate=1e-4"]
-    trainer = opened(sdxl_config(*common, "batch_size=3", "micro_batch_size=1"))
+    trainer = opened(one_level_config(*common, "batch_size=3", "micro_batch_size=1"))
     masters = trainer.policy.masters
     pairs = [(masters.named[name], copy) for name, copy in masters.copies.items() if copy.dtype == torch.bfloat16]
     assert len(pairs) > 0.8 * len(masters.named) and all(master.dtype == torch.float32 for master, _ in pairs)
@@ -132,13 +132,13 @@ def test_gradients_add_up_in_fp32_and_copies_follow_their_masters(sdxl_config: M
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
-def test_what_is_saved_and_exported_are_the_masters(sdxl_config: MakeConfig, train: str) -> None:
+def test_what_is_saved_and_exported_are_the_masters(one_level_config: MakeConfig, train: str) -> None:
     """A run that stops goes on bit for bit, and its weights are not rounded to bf16."""
     common = ["method=dpo", "precision=bf16", f"train={train}", "ema_decay=0.5", "evaluate=false", "checkpoint_every=1"]
     states = []
     for name, parts in {"whole": ["steps=3"], "parts": ["steps=1", "steps=3"]}.items():
         for steps in parts:
-            run_training(config := sdxl_config(*common, f"name={name}", steps, "resume=auto"))
+            run_training(config := one_level_config(*common, f"name={name}", steps, "resume=auto"))
         states.append(load_checkpoint(config.run_dir / "checkpoints" / "step-000003").tensors)
     whole, resumed = states
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from fastpref.cli import evaluate
-from fastpref.config import Config
+from fastpref.config import Config, save_config
 from fastpref.errors import UserError
 from fastpref.runs import run_training
 
 Recipe = Callable[..., Config]
+FINISHED = ["name=a", "method=dpo", "steps=2", "checkpoint_every=1"]
 
 
 def train(config: Config) -> Path:
@@ -32,9 +33,18 @@ def summary(run: Path) -> dict[str, Any]:
     return json.loads((run / "summary.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def trained(sd15_config_in: Callable[[Path], Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(sd15_config_in(tmp_path_factory.mktemp("trained"))(*FINISHED))
+
+
 @pytest.fixture
-def finished(sd15_config: Recipe) -> Path:
-    return train(sd15_config("name=a", "method=dpo", "steps=2", "checkpoint_every=1"))
+def finished(sd15_config: Recipe, trained: Path) -> Path:
+    """A run of the test's own."""
+    config = sd15_config(*FINISHED)
+    shutil.copytree(trained, config.run_dir)
+    save_config(config, config.run_dir / "config.yaml")
+    return config.run_dir
 
 
 @pytest.mark.parametrize(

@@ -52,14 +52,14 @@ def test_sizes_and_the_posterior_go_with_the_picture() -> None:
     assert found.prompt_embeds is pairs.prompt_embeds
 
 
-def test_a_wrong_label_stays_with_its_pair_and_the_share_is_the_one_asked_for(sdxl_config: MakeConfig) -> None:
-    batches = TrainJob.open(sdxl_config("method=dpo", "label_noise=0.3")).trainer.batches
+def test_a_wrong_label_stays_with_its_pair_and_the_share_is_the_one_asked_for(one_level_config: MakeConfig) -> None:
+    batches = TrainJob.open(one_level_config("method=dpo", "label_noise=0.3")).trainer.batches
     ids = torch.arange(20_000)
     wrong = batches._mislabelled(ids)
     assert abs(float(wrong.double().mean()) - 0.3) < 4 * (0.3 * 0.7 / 20_000) ** 0.5
     order = torch.randperm(20_000)
     assert torch.equal(batches._mislabelled(ids[order]), wrong[order])
-    other = TrainJob.open(sdxl_config("method=dpo", "label_noise=0.3", "seed=5")).trainer.batches
+    other = TrainJob.open(one_level_config("method=dpo", "label_noise=0.3", "seed=5")).trainer.batches
     assert abs(float((other._mislabelled(ids) == wrong).double().mean()) - (0.3**2 + 0.7**2)) < 0.02
 
 

@@ -60,13 +60,13 @@ def rows_of(config: Config) -> int:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_with_the_ledger_is_training_with_the_reference(sdxl_config: MakeConfig, method: str) -> None:
+def test_training_with_the_ledger_is_training_with_the_reference(one_level_config: MakeConfig, method: str) -> None:
     """Losses and weights to 1e-9 in float64, in both draws, with half of the UNet's forward rows and no reference."""
     common = [*RANDOM, *METHODS[method], "steps=6", "prepare_batch_size=3"]
-    config, visited = sdxl_config(*common, "reference=ledger"), [1, 3, 5]
+    config, visited = one_level_config(*common, "reference=ledger"), [1, 3, 5]
     assert rows_of(config) == 7 * 16  # 40 pairs are 5 batches; the last file of two steps is written whole
     lines, weights, policy = steps_of(config, visited)
-    expected, other_weights, other = steps_of(sdxl_config(*common), visited)
+    expected, other_weights, other = steps_of(one_level_config(*common), visited)
     for line, wanted in zip(lines, expected, strict=True):
         assert line == pytest.approx(wanted, rel=1e-9, abs=1e-12)
     assert (weights - other_weights).abs().max() < 1e-9 < (other_weights - steps_of(config, [])[1]).abs().max()
@@ -75,22 +75,22 @@ def test_training_with_the_ledger_is_training_with_the_reference(sdxl_config: Ma
     assert policy.reference_unet is None and policy.backwards == other.backwards == 48
 
 
-def test_a_lora_that_starts_from_a_file_needs_no_second_adapter(sdxl_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_lora_that_starts_from_a_file_needs_no_second_adapter(one_level_config: MakeConfig, tmp_path: Path) -> None:
     from fastpref.models.lora_file import save_lora
 
-    start = trainer_of(sdxl_config("method=dpo"))
+    start = trainer_of(one_level_config("method=dpo"))
     save_lora(start.policy.unet, tmp_path / "start.safetensors")
     common = ["method=dpo", "precision=fp64", "steps=2", f"init_lora={tmp_path / 'start.safetensors'}"]
-    rows_of(sdxl_config(*common))
-    lines, _, policy = steps_of(sdxl_config(*common, "reference=ledger"), [1])
-    expected, _, other = steps_of(sdxl_config(*common), [1])
+    rows_of(one_level_config(*common))
+    lines, _, policy = steps_of(one_level_config(*common, "reference=ledger"), [1])
+    expected, _, other = steps_of(one_level_config(*common), [1])
     assert lines[0] == pytest.approx(expected[0], rel=1e-9, abs=1e-12) and abs(lines[0]["margin"]) > 1e-6
     adapters = [sum(".lora_" in name for name, _ in p.unet.named_parameters()) for p in (policy, other)]
     assert 2 * adapters[0] == adapters[1]
 
 
-def test_a_ledger_of_other_numbers_is_found_in_the_first_step(sdxl_config: MakeConfig, tmp_path: Path) -> None:
-    config = sdxl_config("method=dpo", "steps=2", "reference=ledger")
+def test_a_ledger_of_other_numbers_is_found_in_the_first_step(one_level_config: MakeConfig, tmp_path: Path) -> None:
+    config = one_level_config("method=dpo", "steps=2", "reference=ledger")
     rows_of(config)
     trainer = TrainJob.open(config).trainer
     assert trainer.step(0)["loss"] == pytest.approx(np.log(2), rel=1e-3)
@@ -113,19 +113,19 @@ def test_a_ledger_of_other_numbers_is_found_in_the_first_step(sdxl_config: MakeC
         ("steps=6", "6 steps need 2 draws of a pair, 1 parts are missing"),
     ],
 )
-def test_a_ledger_for_anything_else_is_refused(sdxl_config: MakeConfig, change: str, said: str) -> None:
+def test_a_ledger_for_anything_else_is_refused(one_level_config: MakeConfig, change: str, said: str) -> None:
     common = ["method=dpo", "reference=ledger"]
     with pytest.raises(UserError, match="no reference ledger there"):
-        TrainJob.open(sdxl_config(*common, "steps=5"))
-    rows_of(sdxl_config(*common, "steps=5"))
-    TrainJob.open(sdxl_config("reference=ledger", "method=rpo", "group_size=1", "steps=4", "beta=9"))
+        TrainJob.open(one_level_config(*common, "steps=5"))
+    rows_of(one_level_config(*common, "steps=5"))
+    TrainJob.open(one_level_config("reference=ledger", "method=rpo", "group_size=1", "steps=4", "beta=9"))
     with pytest.raises(UserError, match=said) as error:
-        TrainJob.open(sdxl_config(*common, "steps=5", change))
+        TrainJob.open(one_level_config(*common, "steps=5", change))
     assert "fastpref prepare --reference" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_other_weights_are_refused(sdxl_config: MakeConfig, sdxl: Path, tmp_path: Path) -> None:
-    config = sdxl_config("method=dpo", "reference=ledger", "steps=1")
+def test_other_weights_are_refused(one_level_config: MakeConfig, sdxl: Path, tmp_path: Path) -> None:
+    config = one_level_config("method=dpo", "reference=ledger", "steps=1")
     rows_of(config)
     unet = TrainJob.open(config).trainer.policy.unet  # type: ignore[attr-defined]
     unet.save_pretrained(tmp_path / "unet")
@@ -133,20 +133,20 @@ def test_other_weights_are_refused(sdxl_config: MakeConfig, sdxl: Path, tmp_path
         TrainJob.open(config.model_copy(update={"unet": str(tmp_path / "unet")}))
 
 
-def test_fewer_draws_repeat_themselves(sdxl_config: MakeConfig) -> None:
+def test_fewer_draws_repeat_themselves(one_level_config: MakeConfig) -> None:
     """Past the draws that a ledger holds a run is refused, or repeats them: order, timesteps, noise and errors."""
-    config = sdxl_config("method=dpo", "reference=ledger", "steps=12", "draws=1")
+    config = one_level_config("method=dpo", "reference=ledger", "steps=12", "draws=1")
     assert rows_of(config) == 5 * 16
     trainer = trainer_of(config)
     first, again = trainer.sampler.batch(3), trainer.sampler.batch(8)
     assert (again.epoch, again.slot) == (0, 3) and np.array_equal(first.indices, again.indices)
-    assert not np.array_equal(trainer_of(sdxl_config("method=dpo")).sampler.batch(8).indices, first.indices)
+    assert not np.array_equal(trainer_of(one_level_config("method=dpo")).sampler.batch(8).indices, first.indices)
     batches = [trainer.batches.build(plan, slice(0, 8)) for plan in (first, again)]
     assert torch.equal(batches[0].noisy, batches[1].noisy)
 
 
-def test_what_is_missing_is_added_and_damage_is_refused(sdxl_config: MakeConfig) -> None:
-    config = sdxl_config("method=dpo", "reference=ledger", "steps=5")
+def test_what_is_missing_is_added_and_damage_is_refused(one_level_config: MakeConfig) -> None:
+    config = one_level_config("method=dpo", "reference=ledger", "steps=5")
     dry = prepare_reference(config, dry_run=True)
     assert dry.rows == 80 and not dry.path.exists()
     found = prepare_reference(config, progress=False)
@@ -169,8 +169,8 @@ def test_what_is_missing_is_added_and_damage_is_refused(sdxl_config: MakeConfig)
         TrainJob.open(config)
 
 
-def test_ranks_share_the_parts(sdxl_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = sdxl_config("method=dpo", "reference=ledger", "steps=5")
+def test_ranks_share_the_parts(one_level_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = one_level_config("method=dpo", "reference=ledger", "steps=5")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     path = prepare_reference(config, progress=False).path
@@ -199,17 +199,17 @@ def test_pairs_of_two_buckets_go_back_to_their_steps() -> None:
             assert plans[step].indices[place] == pair and plans[step].groups[place] == group
 
 
-def test_the_command_line(sdxl_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line(one_level_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from typer.testing import CliRunner
 
     from fastpref.cli import app
     from fastpref.config import parse_config, save_config
     from fastpref.runs import run_training
 
-    save_config(sdxl_config("method=dpo", "reference=ledger", "steps=2"), tmp_path / "recipe.yaml")
+    save_config(one_level_config("method=dpo", "reference=ledger", "steps=2"), tmp_path / "recipe.yaml")
     answer = CliRunner().invoke(app, ["prepare", "--reference", str(tmp_path / "recipe.yaml")])
     assert answer.exit_code == 0 and "2 steps, 1 draws of a pair\n  32 rows through the reference" in answer.output
-    run_training(sdxl_config("method=dpo", "reference=ledger", "steps=2"))
+    run_training(one_level_config("method=dpo", "reference=ledger", "steps=2"))
     summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
     assert (summary["unet_forwards"], summary["unet_backwards"]) == (32, 32)
     with pytest.raises(UserError, match="reference is ledger with method sft"):

@@ -41,11 +41,11 @@ def opened(config: Config) -> OfflineTrainer:
     return trainer
 
 
-def start_of(sdxl_config: MakeConfig, tmp_path: Path) -> str:
+def start_of(one_level_config: MakeConfig, tmp_path: Path) -> str:
     """A LoRA file that does something, also in the parts that stay in fp32."""
     from fastpref.models.lora_file import save_lora
 
-    policy = opened(sdxl_config("method=dpo", "lora_targets=[to_q, conv_in]")).policy
+    policy = opened(one_level_config("method=dpo", "lora_targets=[to_q, conv_in]")).policy
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in policy.trainable.values():
@@ -64,33 +64,34 @@ RECIPES = {
 }
 
 
-def recipe_of(sdxl_config: MakeConfig, tmp_path: Path, name: str) -> list[str]:
-    more = [start_of(sdxl_config, tmp_path) if text == "init_lora" else text for text in RECIPES[name]]
+def recipe_of(one_level_config: MakeConfig, tmp_path: Path, name: str) -> list[str]:
+    more = [start_of(one_level_config, tmp_path) if text == "init_lora" else text for text in RECIPES[name]]
     return ["method=dpo", "precision=bf16", "reference=ledger", *more]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_before_training_a_ledger_of_the_same_pass_has_no_noise(
-    sdxl_config: MakeConfig, tmp_path: Path, name: str, checkpointing: bool
+    one_level_config: MakeConfig, tmp_path: Path, name: str
 ) -> None:
     """Bit for bit, with and without the LoRA layers, gradients and recomputation: the same products of the same
     shapes; a LoRA of zeros adds zeros."""
-    settings = [*recipe_of(sdxl_config, tmp_path, name), f"gradient_checkpointing={str(checkpointing).lower()}"]
+    settings = recipe_of(one_level_config, tmp_path, name)
     micro = [] if "step_in_backward=true" in settings else ["micro_batch_size=2"]
-    config = sdxl_config(*settings, *micro, "ledger_precision=training", "steps=1")
-    prepare_reference(config, progress=False)
-    metrics = opened(config).step(0)
-    assert metrics["margin"] == metrics["reward_winner"] == metrics["reward_loser"] == 0
+    for mode in ("none", "full"):
+        more = [*micro, "ledger_precision=training", "steps=1", f"gradient_checkpointing={mode}"]
+        config = one_level_config(*settings, *more)
+        prepare_reference(config, progress=False)
+        metrics = opened(config).step(0)
+        assert metrics["margin"] == metrics["reward_winner"] == metrics["reward_loser"] == 0
     if micro:
         with pytest.raises(UserError, match="micro_batch_size 2, here 4"):
             TrainJob.open(config.model_copy(update={"micro_batch_size": 4}))
 
 
-def test_masters_of_a_lora_from_a_file_are_not_rounded(sdxl_config: MakeConfig, tmp_path: Path) -> None:
-    start = start_of(sdxl_config, tmp_path)
+def test_masters_of_a_lora_from_a_file_are_not_rounded(one_level_config: MakeConfig, tmp_path: Path) -> None:
+    start = start_of(one_level_config, tmp_path)
     exact, half = (
-        opened(sdxl_config("method=dpo", start, f"precision={precision}")).policy for precision in ("fp32", "bf16")
+        opened(one_level_config("method=dpo", start, f"precision={precision}")).policy for precision in ("fp32", "bf16")
     )
     assert exact.trainable.keys() == half.trainable.keys()
     assert all(torch.equal(half.trainable[name], weight) for name, weight in exact.trainable.items())
@@ -104,11 +105,11 @@ def errors(policy: Policy, trainer: OfflineTrainer, dtype: torch.dtype) -> torch
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_ledger_in_fp32_is_the_exact_error_of_the_weights_that_train(
-    sdxl_config: MakeConfig, tmp_path: Path, name: str
+    one_level_config: MakeConfig, tmp_path: Path, name: str
 ) -> None:
     """Against float64 with the weights in the training's own modules: a hundred times nearer than its own pass is, of
     the 2^13 by which fp32 rounds finer than fp16."""
-    config = sdxl_config(*recipe_of(sdxl_config, tmp_path, name), "steps=1")
+    config = one_level_config(*recipe_of(one_level_config, tmp_path, name), "steps=1")
     found = opened(config.model_copy(update={"reference": "auto"}))
     own = errors(found.policy, found, torch.float32)
     wide = errors(open_reference(config, model_dir_of(config), CPU), found, torch.float32)
@@ -123,27 +124,27 @@ def test_a_ledger_in_fp32_is_the_exact_error_of_the_weights_that_train(
     assert (wide - true).square().mean() < (own - true).square().mean() / 1e4
 
 
-def test_a_ledger_in_fp32_serves_every_shape_and_operator(sdxl_config: MakeConfig) -> None:
+def test_a_ledger_in_fp32_serves_every_shape_and_operator(one_level_config: MakeConfig) -> None:
     common = ["method=dpo", "precision=bf16", "reference=ledger", "steps=2"]
-    prepare_reference(sdxl_config(*common), progress=False)
+    prepare_reference(one_level_config(*common), progress=False)
     for other in ("micro_batch_size=2", "fused_ops=true", "attention=sliced", "prepare_batch_size=3"):
-        TrainJob.open(sdxl_config(*common, other))
+        TrainJob.open(one_level_config(*common, other))
     with pytest.raises(UserError, match='ledger_precision "fp32", here "training"'):
-        TrainJob.open(sdxl_config(*common, "ledger_precision=training"))
+        TrainJob.open(one_level_config(*common, "ledger_precision=training"))
     with pytest.raises(UserError, match='precision "bf16", here "fp16"'):
-        TrainJob.open(sdxl_config(*common, "precision=fp16"))
+        TrainJob.open(one_level_config(*common, "precision=fp16"))
     with pytest.raises(UserError, match="autocast false, here true"):
-        TrainJob.open(sdxl_config(*common, "engine=deepspeed"))
+        TrainJob.open(one_level_config(*common, "engine=deepspeed"))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_the_first_step_says_how_far_rounding_moves_the_logit(
-    sdxl_config: MakeConfig, tmp_path: Path, precision: str
+    one_level_config: MakeConfig, tmp_path: Path, precision: str
 ) -> None:
     """A ledger in fp32 has the noise of one rounded pass, a reference in the step of two: 0.7 times, of 8 pairs that
     is between a quarter and 1.5 times."""
     settings = ["method=dpo", f"precision={precision}", "reference=ledger", "steps=1", "beta=5000"]
-    config = sdxl_config(*settings, "micro_batch_size=4")
+    config = one_level_config(*settings, "micro_batch_size=4")
     prepare_reference(config, progress=False)
     trainer, said = opened(config), []
     trainer.begin(tmp_path, Watch(line=said.append))
@@ -160,12 +161,12 @@ def test_the_first_step_says_how_far_rounding_moves_the_logit(
 
 
 def test_the_shift_that_rounds_otherwise_moves_nothing_itself(
-    sdxl_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    one_level_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In fp32, latents shifted as for bf16 move the errors by a fifth at most of what they do in bf16."""
     apart = []
     for precision in ("bf16", "fp32"):
-        trainer = opened(sdxl_config("method=dpo", f"precision={precision}"))
+        trainer = opened(one_level_config("method=dpo", f"precision={precision}"))
         batch = trainer.batches.build(trainer.sampler.batch(0), slice(0, 8))
         ratio = torch.finfo(torch.bfloat16).eps / torch.finfo(trainer.policy.base_dtype).eps
         monkeypatch.setattr(untrained, "_SHIFT", 1 / 16 * ratio)

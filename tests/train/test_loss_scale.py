@@ -109,6 +109,6 @@ def test_a_compiled_graph_is_differentiated_twice() -> None:
         ["method=lrm", "train=full"],
     ],
 )
-def test_the_first_step_of_a_method_is_taken(sdxl_config: MakeConfig, clip: str, method: list[str]) -> None:
-    trainer = TrainJob.open(sdxl_config(*method, f"clip={clip}", "precision=fp16", "batch_size=2")).trainer
+def test_the_first_step_of_a_method_is_taken(one_level_config: MakeConfig, clip: str, method: list[str]) -> None:
+    trainer = TrainJob.open(one_level_config(*method, f"clip={clip}", "precision=fp16", "batch_size=2")).trainer
     assert trainer.step(0)["grad_norm"] and trainer.skipped == 0

@@ -68,12 +68,12 @@ def results(config: Config) -> list[Path]:
     ids=lambda settings: " ".join(settings[:3]),
 )
 def test_a_run_of_which_no_step_was_applied_is_an_error_without_a_result(
-    sdxl_config: Recipe, clip: Path, few_records: Path, brightness: str, poison: Any, settings: tuple[str, ...]
+    one_level_config: Recipe, clip: Path, few_records: Path, brightness: str, poison: Any, settings: tuple[str, ...]
 ) -> None:
     names = {"CLIP": str(clip), "RECORDS": str(few_records), "SCORER": brightness}
     for name, value in names.items():
         settings = tuple(setting.replace(f"={name}", f"={value}") for setting in settings)
-    config = sdxl_config("name=a", *settings)
+    config = one_level_config("name=a", *settings)
     poison(config.steps)
     with pytest.raises(UserError, match=rf"none of {config.steps} steps was applied") as caught:
         run_training(config)
@@ -81,17 +81,17 @@ def test_a_run_of_which_no_step_was_applied_is_an_error_without_a_result(
     assert (config.run_dir / "metrics.jsonl").is_file() and not results(config)
 
 
-def test_one_applied_step_is_a_result(sdxl_config: Recipe, poison: Any) -> None:
-    config = sdxl_config("name=a", "method=dpo", "steps=2", "export_checkpoints=true", "checkpoint_every=1")
+def test_one_applied_step_is_a_result(one_level_config: Recipe, poison: Any) -> None:
+    config = one_level_config("name=a", "method=dpo", "steps=2", "export_checkpoints=true", "checkpoint_every=1")
     poison(1)
     run_training(config)
     assert {path.parent.name for path in results(config)} == {"a", "step-000002"}, "the first changed nothing"
 
 
 @pytest.mark.parametrize("settings", [("method=dpo",), ("method=sft", "train=full"), ("method=lrm", "train=full")])
-def test_weights_that_are_not_finite_are_not_exported(sdxl_config: Recipe, settings: tuple[str, ...]) -> None:
+def test_weights_that_are_not_finite_are_not_exported(one_level_config: Recipe, settings: tuple[str, ...]) -> None:
     """A finite gradient and a learning rate that fp32 does not hold."""
-    config = sdxl_config("name=a", "steps=1", "learning_rate=1e39", *settings)
+    config = one_level_config("name=a", "steps=1", "learning_rate=1e39", *settings)
     with pytest.raises(UserError, match=r"NaN or infinite .* nothing is exported"):
         run_training(config)
     assert not results(config)

@@ -63,23 +63,23 @@ def loss_and_gradient(config: Config, step: int = 1) -> tuple[float, torch.Tenso
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_micro_batch_size_does_not_matter(sdxl_config: MakeConfig, one_level_unet: Path, method: str) -> None:
+def test_the_micro_batch_size_does_not_matter(one_level_config: MakeConfig, one_level_unet: Path, method: str) -> None:
     """8, 4+4 and 2+2+2+2 are one function: 1e-9 in float64, for loss and gradient."""
     common = [*METHODS[method], f"unet={one_level_unet}", "precision=fp64", "caption_dropout=0.3"]
-    loss, gradient, _ = loss_and_gradient(sdxl_config(*common))
+    loss, gradient, _ = loss_and_gradient(one_level_config(*common))
     assert gradient.norm() > 0 and math.isfinite(loss)
     for extra in (["micro_batch_size=4"], ["micro_batch_size=2"], ["micro_batch_size=2", "accumulation=keep_graphs"]):
-        other_loss, other, _ = loss_and_gradient(sdxl_config(*common, *extra))
+        other_loss, other, _ = loss_and_gradient(one_level_config(*common, *extra))
         assert abs(other_loss - loss) <= 1e-9 * max(1.0, abs(loss)), extra
         assert (other - gradient).abs().max() <= 1e-9 * gradient.abs().max(), extra
 
 
 def test_fp32_differences_between_layouts_are_printed_and_small(
-    sdxl_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+    one_level_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for method in ("dpo", "rpo"):
-        loss, gradient, _ = loss_and_gradient(sdxl_config(*METHODS[method]))
-        other_loss, other, _ = loss_and_gradient(sdxl_config(*METHODS[method], "micro_batch_size=2"))
+        loss, gradient, _ = loss_and_gradient(one_level_config(*METHODS[method]))
+        other_loss, other, _ = loss_and_gradient(one_level_config(*METHODS[method], "micro_batch_size=2"))
         off = float((other - gradient).norm() / gradient.norm())
         with capsys.disabled():
             print(f"\n{method} in fp32, 8 against 2+2+2+2: loss {other_loss - loss:+.1e}, gradient {off:.1e} relative")
@@ -89,10 +89,10 @@ def test_fp32_differences_between_layouts_are_printed_and_small(
 
 @pytest.mark.parametrize("family", ["sdxl", "sd15"])
 def test_gradient_equals_a_literal_implementation(
-    sdxl_config: MakeConfig, sd15_config: MakeConfig, family: str
+    one_level_config: MakeConfig, sd15_config: MakeConfig, family: str
 ) -> None:
     """RPO written out naively on the predictions, one autograd graph, against the loop in micro-batches."""
-    make = sdxl_config if family == "sdxl" else sd15_config
+    make = one_level_config if family == "sdxl" else sd15_config
     config = make("method=rpo", "beta=200", "temperature=0.3", "precision=fp64", "micro_batch_size=2")
     loss, gradient, trainer = loss_and_gradient(config)
     plan, n = trainer.sampler.batch(1), config.batch_size
@@ -133,8 +133,8 @@ def test_noisy_latents_and_velocity_are_the_forward_process(sd15_config: MakeCon
     assert abs(noise.std().item() - 1) < 0.05 and len(set(batch.timesteps.tolist())) > 1
 
 
-def test_pairs_of_a_group_share_the_timestep_and_groups_differ(sdxl_config: MakeConfig) -> None:
-    trainer = make_trainer(sdxl_config("method=rpo", "group_size=4", "timestep_range=[100, 900]"))
+def test_pairs_of_a_group_share_the_timestep_and_groups_differ(one_level_config: MakeConfig) -> None:
+    trainer = make_trainer(one_level_config("method=rpo", "group_size=4", "timestep_range=[100, 900]"))
     seen = []
     for step in range(4):
         t = trainer.batches.build(trainer.sampler.batch(step), slice(0, 8)).timesteps
@@ -148,24 +148,24 @@ def fresh_trainer(config: Config) -> OfflineTrainer:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_untouched_lora_is_the_reference(sdxl_config: MakeConfig, precision: str) -> None:
+def test_an_untouched_lora_is_the_reference(one_level_config: MakeConfig, precision: str) -> None:
     """Rewards are exactly zero before the first update, so DPO starts at log 2 and half of the pairs count as won."""
-    metrics = fresh_trainer(sdxl_config("method=dpo", f"precision={precision}")).step(0)
+    metrics = fresh_trainer(one_level_config("method=dpo", f"precision={precision}")).step(0)
     assert metrics["reward_winner"] == 0 and metrics["reward_loser"] == 0 and metrics["accuracy"] == 0.5
     assert metrics["loss"] == pytest.approx(math.log(2), rel=1e-6) and metrics["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("method", ["dpo", "rpo"])
-def test_steps_on_one_batch_make_its_winners_win(sdxl_config: MakeConfig, method: str) -> None:
-    trainer = fresh_trainer(sdxl_config(f"method={method}", "learning_rate=1e-3"))
+def test_steps_on_one_batch_make_its_winners_win(one_level_config: MakeConfig, method: str) -> None:
+    trainer = fresh_trainer(one_level_config(f"method={method}", "learning_rate=1e-3"))
     losses = [trainer.step(0)["loss"] for _ in range(5)]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 1e-3
     assert trainer.step(0)["margin"] > 0
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
-def test_the_reference_does_not_move(sdxl_config: MakeConfig, train: str) -> None:
-    trainer = make_trainer(sdxl_config("method=dpo", f"train={train}", "learning_rate=0.01"))
+def test_the_reference_does_not_move(one_level_config: MakeConfig, train: str) -> None:
+    trainer = make_trainer(one_level_config("method=dpo", f"train={train}", "learning_rate=0.01"))
     batch = trainer.batches.build(trainer.sampler.batch(0), slice(0, 8))
     inputs = (batch.noisy, batch.timesteps, batch.conditioning)
     before, policy_before = trainer.policy.predict_reference(*inputs), trainer.policy.predict(*inputs).detach()
@@ -215,8 +215,8 @@ def test_full_checkpointing_runs_the_blocks_again(sdxl_config: MakeConfig) -> No
     assert calls == {"none": 1, "selective": 1, "full": 2}
 
 
-def test_sizes_reach_the_unet_unrounded_in_bf16(sdxl_config: MakeConfig) -> None:
-    trainer = make_trainer(sdxl_config("method=sft", "precision=bf16"))
+def test_sizes_reach_the_unet_unrounded_in_bf16(one_level_config: MakeConfig) -> None:
+    trainer = make_trainer(one_level_config("method=sft", "precision=bf16"))
     batch = trainer.batches.build(trainer.sampler.batch(0), slice(0, 2))
     batch.conditioning.time_ids = torch.tensor([[1365.0, 767, 13, 171, 1024, 1024]] * 2)
     seen: list[torch.Tensor] = []
@@ -225,9 +225,9 @@ def test_sizes_reach_the_unet_unrounded_in_bf16(sdxl_config: MakeConfig) -> None
     assert seen[0].tolist() == [1365, 767, 13, 171, 1024, 1024] * 2
 
 
-def test_work_counts_of_each_method(sdxl_config: MakeConfig) -> None:
+def test_work_counts_of_each_method(one_level_config: MakeConfig) -> None:
     def rows(*overrides: str) -> tuple[int, int]:
-        trainer = make_trainer(sdxl_config(*overrides))
+        trainer = make_trainer(one_level_config(*overrides))
         trainer.step(0)
         return trainer.policy.forwards, trainer.policy.backwards
 
@@ -238,8 +238,8 @@ def test_work_counts_of_each_method(sdxl_config: MakeConfig) -> None:
     assert rows("method=rpo", "micro_batch_size=2") == (48, 16)
 
 
-def test_clipping_clips_and_logs_the_norm_before(sdxl_config: MakeConfig) -> None:
-    trainer = make_trainer(sdxl_config("method=dpo", "max_grad_norm=1e-3", "train=full"))
+def test_clipping_clips_and_logs_the_norm_before(one_level_config: MakeConfig) -> None:
+    trainer = make_trainer(one_level_config("method=dpo", "max_grad_norm=1e-3", "train=full"))
     seen: list[float] = []
     update = trainer.engine.optimizer.step  # type: ignore[attr-defined]
 
@@ -254,10 +254,12 @@ def test_clipping_clips_and_logs_the_norm_before(sdxl_config: MakeConfig) -> Non
     assert seen[0] == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_a_non_finite_loss_skips_the_step_and_a_limit_stops_the_run(sdxl_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_non_finite_loss_skips_the_step_and_a_limit_stops_the_run(
+    one_level_config: MakeConfig, tmp_path: Path
+) -> None:
     from fastpref.errors import UserError
 
-    trainer = make_trainer(sdxl_config("method=rpo", "max_skipped_steps=2"))
+    trainer = make_trainer(one_level_config("method=rpo", "max_skipped_steps=2"))
     name, parameter = next((n, p) for n, p in trainer.policy.trainable.items() if "lora_B" in n)
     before = {n: p.detach().clone() for n, p in trainer.policy.trainable.items()}
     with torch.no_grad():
@@ -272,8 +274,8 @@ def test_a_non_finite_loss_skips_the_step_and_a_limit_stops_the_run(sdxl_config:
         trainer.step(2)
 
 
-def test_ema_follows_its_recursion(sdxl_config: MakeConfig) -> None:
-    trainer = make_trainer(sdxl_config("method=dpo", "ema_decay=0.75", "learning_rate=0.01"))
+def test_ema_follows_its_recursion(one_level_config: MakeConfig) -> None:
+    trainer = make_trainer(one_level_config("method=dpo", "ema_decay=0.75", "learning_rate=0.01"))
     engine = trainer.engine
     assert isinstance(engine, LocalEngine)
     name = next(iter(trainer.policy.trainable))

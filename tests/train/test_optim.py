@@ -45,11 +45,13 @@ def test_other_steps_on_resume_say_how_the_rate_jumps(scheduler, step, planned, 
     assert (jump in said and f"steps is {steps}, was {planned}" in said) if jump else said == ""
 
 
-def test_a_resumed_run_says_that_its_rate_jumps(sdxl_config: MakeConfig, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_says_that_its_rate_jumps(
+    one_level_config: MakeConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
     common = ["name=longer", "method=sft", "lr_scheduler=cosine", "learning_rate=0.001"]
-    run_training(sdxl_config(*common, "steps=2"))
+    run_training(one_level_config(*common, "steps=2"))
     assert "jumps" not in capfd.readouterr().err
-    run_training(sdxl_config(*common, "steps=8", "resume=auto"))
+    run_training(one_level_config(*common, "steps=8", "resume=auto"))
     # (1 + cos(pi/2)) / 2 of 0.001 in the last step, (1 + cos(pi/4)) / 2 in the next
     assert "jumps from 0.0005 to 0.000854: steps is 8, was 2" in " ".join(capfd.readouterr().err.split())
 
@@ -104,13 +106,13 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(sdxl_config: MakeConfig, name: str) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(one_level_config: MakeConfig, name: str) -> None:
     if "8bit" in name:
         pytest.importorskip("bitsandbytes")
     settings = ["method=dpo", "beta=200", "batch_size=2", "learning_rate=1e-3", "threads=1", *RECIPES[name]]
 
     def trained(run: str, steps: int) -> dict[str, torch.Tensor]:
-        config = sdxl_config(*settings, f"name={run}", f"steps={steps}", "resume=auto")
+        config = one_level_config(*settings, f"name={run}", f"steps={steps}", "resume=auto")
         run_training(config)
         return load_checkpoint(config.run_dir / "checkpoints" / f"step-{steps:06d}").tensors
 

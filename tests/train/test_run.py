@@ -86,23 +86,25 @@ def run_in_process(config: Config) -> Path:
 
 
 # RPO with groups, micro-batches, dropout and EMA: everything that has state.
-SMALL = ["method=rpo", "group_size=4", "micro_batch_size=4", "steps=20", "checkpoint_every=5", "beta=500"]
+SMALL = ["method=rpo", "group_size=4", "micro_batch_size=4", "steps=16", "checkpoint_every=4", "beta=500"]
 SMALL += ["caption_dropout=0.2", "ema_decay=0.9", "warmup_steps=4"]
 
 
 @pytest.fixture
-def small(sdxl_config: Callable[..., Config]) -> Callable[..., Config]:
-    return lambda *more: sdxl_config(*SMALL, *more)
+def small(one_level_config: Callable[..., Config]) -> Callable[..., Config]:
+    return lambda *more: one_level_config(*SMALL, *more)
 
 
 @pytest.fixture(scope="module")
-def whole(sdxl_config_in: Callable[..., Callable[..., Config]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its twenty steps, uninterrupted."""
-    return run_in_process(sdxl_config_in(tmp_path_factory.mktemp("whole"))(*SMALL))
+def whole(
+    sdxl_config_in: Callable[..., Callable[..., Config]], one_level_unet: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Its steps, uninterrupted."""
+    return run_in_process(sdxl_config_in(tmp_path_factory.mktemp("whole"))(f"unet={one_level_unet}", *SMALL))
 
 
-def test_a_run_leaves_what_the_contract_says(sdxl_config: Callable[..., Config], tmp_path: Path) -> None:
-    config = sdxl_config("name=a", "method=rpo", "steps=4", "checkpoint_every=2", "tracker=tensorboard")
+def test_a_run_leaves_what_the_contract_says(one_level_config: Callable[..., Config], tmp_path: Path) -> None:
+    config = one_level_config("name=a", "method=rpo", "steps=4", "checkpoint_every=2", "tracker=tensorboard")
     result = cli("train", recipe_file(config, tmp_path))
     assert result.returncode == 0, result.stderr
     run = config.run_dir
@@ -138,10 +140,12 @@ def test_weights_are_exported_with_each_checkpoint_and_training_does_not_notice(
     assert same(run / "exports" / "step-000006", run) and not same(run / "exports" / "step-000004", run)
 
 
-def test_twenty_steps_equal_ten_then_kill_then_ten(small: Callable[..., Config], whole: Path, tmp_path: Path) -> None:
+def test_a_run_killed_half_way_and_resumed_is_the_whole_one(
+    small: Callable[..., Config], whole: Path, tmp_path: Path
+) -> None:
     config = small("name=killed")
     process = forked.Process(["-m", "fastpref.cli", "train", recipe_file(config, tmp_path)])
-    _wait_for_line(config.run_dir / "metrics.jsonl", 11, process)
+    _wait_for_line(config.run_dir / "metrics.jsonl", 9, process)
     process.kill()
     process.wait()
     assert not (config.run_dir / "pytorch_lora_weights.safetensors").exists()
@@ -166,14 +170,14 @@ def test_sigterm_leaves_a_checkpoint_and_143(small: Callable[..., Config], whole
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     small: Callable[..., Config], whole: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = run_in_process(small("name=cut", "steps=10"))
-    file = run / "checkpoints" / "step-000010" / "state.safetensors"
+    run = run_in_process(small("name=cut", "steps=8"))
+    file = run / "checkpoints" / "step-000008" / "state.safetensors"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     run_in_process(small("name=cut", "resume=auto"))
     error = " ".join(capfd.readouterr().err.split())
-    assert "damaged checkpoint" in error and "step-000010" in error and "resuming after step 5" in error
+    assert "damaged checkpoint" in error and "step-000008" in error and "resuming after step 4" in error
     assert same(run, whole)
 
 
@@ -184,12 +188,12 @@ def test_resuming_with_other_settings_is_refused(small: Callable[..., Config], t
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
-def test_start_from_published_weights(sdxl_config: Callable[..., Config], train: str) -> None:
+def test_start_from_published_weights(one_level_config: Callable[..., Config], train: str) -> None:
     """A run started from another's result has that result as its reference: rewards start at zero."""
     common = ["method=dpo", "steps=2", "learning_rate=0.01", f"train={train}"]
-    first = run_in_process(sdxl_config("name=first", *common))
+    first = run_in_process(one_level_config("name=first", *common))
     start = f"init_lora={first}/pytorch_lora_weights.safetensors" if train == "lora" else f"unet={first}/unet"
-    second = run_in_process(sdxl_config("name=second", *common, start))
+    second = run_in_process(one_level_config("name=second", *common, start))
     fresh, again = lines(first), lines(second)
     assert again[0]["reward_winner"] == 0 and again[1]["reward_winner"] != 0
     assert again[0]["err_winner"] != fresh[0]["err_winner"], "the start is not the base"
@@ -248,7 +252,7 @@ def _bad(name: str, config: Callable[..., Config], tmp_path: Path, clip: Path) -
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_exit_2_and_nothing_written(
-    sdxl_config: Callable[..., Config],
+    one_level_config: Callable[..., Config],
     tmp_path: Path,
     clip: Path,
     name: str,
@@ -257,7 +261,7 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(
 ) -> None:
     from fastpref.cli import main
 
-    arguments, says = _bad(name, sdxl_config, tmp_path, clip)
+    arguments, says = _bad(name, one_level_config, tmp_path, clip)
     before = sorted(str(p) for p in tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["fastpref", *arguments])
     with pytest.raises(SystemExit) as stop:
@@ -270,30 +274,30 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(
 
 
 def test_a_store_made_for_another_model_is_refused(
-    sdxl_config: Callable[..., Config], sd15_store: Path, tmp_path: Path
+    one_level_config: Callable[..., Config], sd15_store: Path, tmp_path: Path
 ) -> None:
     from fastpref.errors import UserError
     from fastpref.train.job import TrainJob
 
     with pytest.raises(UserError, match="made for sd15, the model is sdxl"):
-        TrainJob.open(sdxl_config(f"store={sd15_store}"))
+        TrainJob.open(one_level_config(f"store={sd15_store}"))
 
 
 def test_a_changed_text_encoder_makes_it_another_model(
-    sdxl_config: Callable[..., Config], sdxl: Path, tmp_path: Path
+    one_level_config: Callable[..., Config], sdxl: Path, tmp_path: Path
 ) -> None:
     from fastpref.errors import UserError
     from fastpref.train.job import TrainJob
 
     copy = tmp_path / "copy"
     shutil.copytree(sdxl, copy)
-    TrainJob.open(sdxl_config(f"model={copy}"))
+    TrainJob.open(one_level_config(f"model={copy}"))
     file = next((copy / "text_encoder").glob("*.safetensors"))
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(UserError, match="made for another model"):
-        TrainJob.open(sdxl_config(f"model={copy}"))
+        TrainJob.open(one_level_config(f"model={copy}"))
 
 
 def test_debug_shows_the_traceback() -> None:

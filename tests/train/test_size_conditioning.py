@@ -86,12 +86,12 @@ def time_ids(config: Config) -> torch.Tensor:
 @pytest.mark.usefixtures("unlike_sizes")
 @pytest.mark.parametrize("noise", [0.0, 0.4])
 @pytest.mark.parametrize("method", OFFLINE)
-def test_both_pictures_of_a_pair_have_one_condition(sdxl_config: MakeConfig, method: str, noise: float) -> None:
+def test_both_pictures_of_a_pair_have_one_condition(one_level_config: MakeConfig, method: str, noise: float) -> None:
     """Exchanged pairs have the size of the picture that passes for the winner."""
     common = [*OFFLINE[method], f"label_noise={noise}"]
-    ids = time_ids(sdxl_config(*common))
+    ids = time_ids(one_level_config(*common))
     assert ids.tolist() == [TARGET] * len(ids)
-    own = time_ids(sdxl_config(*common, "size_conditioning=winner")).tolist()
+    own = time_ids(one_level_config(*common, "size_conditioning=winner")).tolist()
     exchanged = own.count(LOSER)
     assert own.count(WINNER) + exchanged == len(ids) and (exchanged > 0) == (noise > 0)
 
@@ -100,14 +100,14 @@ def test_both_pictures_of_a_pair_have_one_condition(sdxl_config: MakeConfig, met
 @pytest.mark.parametrize("sizes", ["target", "winner"])
 @pytest.mark.parametrize("method", [["method=dpo"], ["method=rpo"]])
 def test_nothing_is_learnt_from_the_sizes_of_pairs_alike(
-    sdxl_config: MakeConfig, sizes: str, method: list[str]
+    one_level_config: MakeConfig, sizes: str, method: list[str]
 ) -> None:
     """Pairs of one picture each are undecided after any training: equal rewards, an accuracy of one half.
 
     DPO's loss stays log 2. RPO contrasts a winner with other pairs' losers too, whose rewards may well differ.
     """
     common = ["learning_rate=1e-2", "precision=fp64", f"size_conditioning={sizes}"]
-    trainer: Any = TrainJob.open(sdxl_config(*common, *method)).trainer
+    trainer: Any = TrainJob.open(one_level_config(*common, *method)).trainer
     predict_sides_apart(trainer.policy)
     for step in range(5):
         found = trainer.step(step)
@@ -134,11 +134,11 @@ def predict_sides_apart(policy: Any) -> None:
 @pytest.mark.parametrize("method", ["spm", "lrm"])
 @pytest.mark.usefixtures("unlike_sizes")
 def test_a_preference_model_is_trained_and_evaluated_on_the_ids_of_the_rollout(
-    sdxl_config: MakeConfig, clip: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    one_level_config: MakeConfig, clip: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What its UNet is told, the frozen one of SPM and the trained one of LRM."""
     more = [f"clip={clip}"] if method == "spm" else []
-    config = sdxl_config(f"method={method}", "train=full", *more, "batch_size=2", "eval_prompts=2")
+    config = one_level_config(f"method={method}", "train=full", *more, "batch_size=2", "eval_prompts=2")
     job, told = TrainJob.open(config), noted(monkeypatch)
     job.trainer.step(0)
     trained = len(told)
@@ -153,13 +153,13 @@ def test_a_preference_model_is_trained_and_evaluated_on_the_ids_of_the_rollout(
 @pytest.mark.usefixtures("unlike_sizes")
 @pytest.mark.parametrize("size", [32, 48])
 def test_training_is_told_what_sampling_is_told(
-    sdxl_config: MakeConfig, size: int, monkeypatch: pytest.MonkeyPatch
+    one_level_config: MakeConfig, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """diffusers' pipeline at the resolution of training, with and without guidance, beside the batch's conditioning."""
     if size != 32:
         monkeypatch.setattr(Store, "size", lambda store, index: (size, size))
-    expected = time_ids(sdxl_config("method=dpo"))[0]
-    pipeline, told = load_policy_pipeline(sdxl_config("method=dpo")), []
+    expected = time_ids(one_level_config("method=dpo"))[0]
+    pipeline, told = load_policy_pipeline(one_level_config("method=dpo")), []
 
     def note(_: Any, inputs: Any, arguments: dict[str, Any]) -> None:
         told.extend(arguments["added_cond_kwargs"]["time_ids"])
@@ -235,9 +235,9 @@ def written_before_the_key(config: Config) -> None:
 
 
 @pytest.mark.usefixtures("unlike_sizes", "own_ledgers")
-def test_a_ledger_of_other_sizes_is_refused_whenever_it_was_written(sdxl_config: MakeConfig) -> None:
+def test_a_ledger_of_other_sizes_is_refused_whenever_it_was_written(one_level_config: MakeConfig) -> None:
     common = ["method=dpo", "reference=ledger", "steps=1"]
-    target, winner = (sdxl_config(*common, f"size_conditioning={sizes}") for sizes in ("target", "winner"))
+    target, winner = (one_level_config(*common, f"size_conditioning={sizes}") for sizes in ("target", "winner"))
     told = 'size_conditioning "target", here "winner"'
     prepare_reference(target, progress=False)
     TrainJob.open(target)
@@ -254,10 +254,10 @@ def test_a_ledger_of_other_sizes_is_refused_whenever_it_was_written(sdxl_config:
 @pytest.mark.usefixtures("own_ledgers")
 @pytest.mark.parametrize("family", ["sdxl", "sd15"])
 def test_a_ledger_from_before_the_key_serves_where_no_size_differs(
-    sdxl_config: MakeConfig, sd15_config: MakeConfig, family: str
+    one_level_config: MakeConfig, sd15_config: MakeConfig, family: str
 ) -> None:
     """SD1.5 is not told sizes; the emoji pictures are all of the size they are trained at, not cropped."""
-    config = (sdxl_config if family == "sdxl" else sd15_config)("method=dpo", "reference=ledger", "steps=1")
+    config = (one_level_config if family == "sdxl" else sd15_config)("method=dpo", "reference=ledger", "steps=1")
     written_before_the_key(config)
     found: Any = TrainJob.open(config).trainer.step(0)
     assert found["margin"] == pytest.approx(0, abs=1e-6)
@@ -267,9 +267,11 @@ def test_a_ledger_from_before_the_key_serves_where_no_size_differs(
 
 @pytest.mark.usefixtures("unlike_sizes", "own_ledgers")
 @pytest.mark.parametrize("sizes", ["target", "winner"])
-def test_the_ledger_is_written_under_the_same_condition(sdxl_config: MakeConfig, sizes: str) -> None:
+def test_the_ledger_is_written_under_the_same_condition(one_level_config: MakeConfig, sizes: str) -> None:
     """Before the first update policy and reference are one, so the rewards by the ledger are 0 but for rounding."""
-    config = sdxl_config("method=dpo", "reference=ledger", "steps=1", "precision=fp64", f"size_conditioning={sizes}")
+    config = one_level_config(
+        "method=dpo", "reference=ledger", "steps=1", "precision=fp64", f"size_conditioning={sizes}"
+    )
     prepare_reference(config, progress=False)
     found: Any = TrainJob.open(config).trainer.step(0)
     assert abs(found["reward_winner"]) < 1e-12 and abs(found["reward_loser"]) < 1e-12
@@ -278,13 +280,13 @@ def test_the_ledger_is_written_under_the_same_condition(sdxl_config: MakeConfig,
 @pytest.mark.parametrize("method", ["dpo", "spm"])
 @pytest.mark.parametrize("stored", ["unlike", "alike"])
 def test_a_run_goes_on_only_under_its_own_conditioning(
-    sdxl_config: MakeConfig, clip: Path, stored: str, method: str, request: pytest.FixtureRequest
+    one_level_config: MakeConfig, clip: Path, stored: str, method: str, request: pytest.FixtureRequest
 ) -> None:
     """A run from before the key was told each picture's own size: it goes on where that makes no difference."""
     if stored == "unlike":
         request.getfixturevalue("unlike_sizes")
     more = ["train=full", f"clip={clip}"] if method == "spm" else []
-    config = sdxl_config(f"method={method}", *more, "resume=auto")
+    config = one_level_config(f"method={method}", *more, "resume=auto")
     config.run_dir.mkdir(parents=True)
     settings = config.model_dump(mode="json")
     file = config.run_dir / "config.yaml"
@@ -302,9 +304,11 @@ def test_a_run_goes_on_only_under_its_own_conditioning(
         check_run_dir(config)
 
 
-def test_the_setting_is_refused_where_it_would_do_nothing(sdxl_config: MakeConfig, sd15_config: MakeConfig) -> None:
+def test_the_setting_is_refused_where_it_would_do_nothing(
+    one_level_config: MakeConfig, sd15_config: MakeConfig
+) -> None:
     for method in ("spm", "lrm", "spo", "lpo"):
         with pytest.raises(UserError, match=f"size_conditioning is winner with method {method}"):
-            sdxl_config(f"method={method}", "train=full", "size_conditioning=winner")
+            one_level_config(f"method={method}", "train=full", "size_conditioning=winner")
     with pytest.raises(UserError, match=r"size_conditioning is winner, but SD1\.5 is not told sizes"):
         TrainJob.open(sd15_config("method=dpo", "size_conditioning=winner"))

@@ -32,18 +32,20 @@ def trainer_of(config: Config) -> OfflineTrainer:
     return trainer
 
 
-def test_metrics_a_step_late_are_those_of_waiting_for_each(sdxl_config: MakeConfig) -> None:
-    waiting, ahead = (trainer_of(sdxl_config("method=rpo", "micro_batch_size=4")) for _ in range(2))
+def test_metrics_a_step_late_are_those_of_waiting_for_each(one_level_config: MakeConfig) -> None:
+    waiting, ahead = (trainer_of(one_level_config("method=rpo", "micro_batch_size=4")) for _ in range(2))
     lines = [waiting.step(step) for step in range(4)]
     launched = [ahead.launch(step) for step in range(4)]
     assert [launch() for launch in launched] == lines
 
 
-def test_a_bad_step_changes_nothing_although_the_host_learns_of_it_later(sdxl_config: MakeConfig) -> None:
+def test_a_bad_step_changes_nothing_although_the_host_learns_of_it_later(one_level_config: MakeConfig) -> None:
     """The second of three steps has no finite loss: weights and optimizer are as if it had not been."""
     runs = []
     for bad in (True, False):
-        trainer = trainer_of(sdxl_config("method=dpo", "micro_batch_size=4", "ema_decay=0.9", "max_skipped_steps=1"))
+        trainer = trainer_of(
+            one_level_config("method=dpo", "micro_batch_size=4", "ema_decay=0.9", "max_skipped_steps=1")
+        )
         solve, calls = trainer.objective.solve, 0
 
         def broken(rewards: Any, related: Any = None, solve: Any = solve) -> Any:
@@ -68,8 +70,8 @@ def test_a_bad_step_changes_nothing_although_the_host_learns_of_it_later(sdxl_co
     assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
 
 
-def test_an_unlucky_micro_batch_spoils_only_its_step_and_a_limit_stops_the_run(sdxl_config: MakeConfig) -> None:
-    trainer = trainer_of(sdxl_config("method=dpo", "micro_batch_size=4", "max_skipped_steps=0"))
+def test_an_unlucky_micro_batch_spoils_only_its_step_and_a_limit_stops_the_run(one_level_config: MakeConfig) -> None:
+    trainer = trainer_of(one_level_config("method=dpo", "micro_batch_size=4", "max_skipped_steps=0"))
     trainer._loader.take(0, 0).stored.latents_w.fill_(math.nan)  # a copy: the store keeps its own
     take = trainer._loader.take
     trainer._loader.take = lambda step, number: _poisoned(take(step, number), number == 1)  # type: ignore[method-assign]
@@ -87,8 +89,8 @@ def _poisoned(loaded: loader.Loaded, yes: bool) -> loader.Loaded:
     return loaded
 
 
-def test_the_loader_is_ahead_and_gives_what_was_asked_for(sdxl_config: MakeConfig) -> None:
-    trainer = trainer_of(sdxl_config("method=rpo", "micro_batch_size=4"))
+def test_the_loader_is_ahead_and_gives_what_was_asked_for(one_level_config: MakeConfig) -> None:
+    trainer = trainer_of(one_level_config("method=rpo", "micro_batch_size=4"))
     assert [rows.start for rows in trainer._loader.micro_batches] == [0, 4, 0, 4], "rewards first: twice"
     read, threads = trainer.batches.read, []
 
@@ -109,8 +111,8 @@ def test_the_loader_is_ahead_and_gives_what_was_asked_for(sdxl_config: MakeConfi
     assert [(slot, start) for _, slot, start in threads[:5]] == [(0, 0), (0, 4), (0, 0), (0, 4), (1, 0)]
 
 
-def test_what_the_loader_meets_is_raised_in_the_step(sdxl_config: MakeConfig) -> None:
-    trainer = trainer_of(sdxl_config("method=dpo"))
+def test_what_the_loader_meets_is_raised_in_the_step(one_level_config: MakeConfig) -> None:
+    trainer = trainer_of(one_level_config("method=dpo"))
 
     def broken(*_: object) -> Any:
         raise UserError("the store's file is damaged")
@@ -132,12 +134,12 @@ def test_a_phase_is_what_its_inner_phases_leave_and_idle_what_no_phase_does() ->
 
 
 def test_profile_writes_a_trace_and_a_table_that_adds_up(
-    sdxl_config: MakeConfig, one_level_unet: Path, tmp_path: Path
+    one_level_config: MakeConfig, one_level_unet: Path, tmp_path: Path
 ) -> None:
     from fastpref.runs import run_training
 
     common = ["method=rpo", "micro_batch_size=4", "steps=8", f"unet={one_level_unet}"]
-    run_training(sdxl_config(*common, "profile=true", "name=profiled"))
+    run_training(one_level_config(*common, "profile=true", "name=profiled"))
     folder = tmp_path / "runs" / "profiled" / "profile"
     with gzip.open(folder / "trace.json.gz") as stream:
         events = json.load(stream)["traceEvents"]
@@ -150,7 +152,7 @@ def test_profile_writes_a_trace_and_a_table_that_adds_up(
     marks = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
     assert marks["fastpref step"] == 5 and marks["fastpref: reference"] == 2 * 5, "two micro batches a step"
     assert marks["fastpref: policy forward"] == 2 * marks["fastpref: reference"], "rewards first: the policy twice"
-    plain = sdxl_config(*common, "name=plain")
+    plain = one_level_config(*common, "name=plain")
     run_training(plain)
     lines = [(tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in ("profiled", "plain")]
     assert [json.loads(line)["loss"] for line in lines[0]] == [json.loads(line)["loss"] for line in lines[1]]

@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +64,16 @@ def scorers(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
-@pytest.fixture
-def recipe(sdxl: Path, sd15: Path, few_records: Path, tmp_path: Path) -> Recipe:
-    """A small SPO recipe on a random model, ``family`` sdxl or sd15."""
+@pytest.fixture(scope="module")
+def recipe_in(sdxl: Path, one_level_unet: Path, sd15: Path, few_records: Path) -> Callable[[Path], Recipe]:
+    """``recipe_in(folder)``: small SPO recipes on a random model, ``family`` sdxl or sd15, writing below the folder."""
 
-    def make(*overrides: str, family: str = "sdxl") -> Config:
+    def make(folder: Path, *overrides: str, family: str = "sdxl") -> Config:
         settings = {
             "method": "spo",
-            "model": {"sdxl": sdxl, "sd15": sd15}[family],
+            **({"model": sdxl, "unet": one_level_unet} if family == "sdxl" else {"model": sd15}),
             "records": few_records,
-            "output_dir": tmp_path / "runs",
+            "output_dir": folder / "runs",
             "scorer": "tiny_scorers:bright",
             **{"resolution": 16, "sample_steps": 6, "plain_steps": 2, "candidates": 3, "guidance_scale": 3.0},
             **{"rollout_prompts": 3, "rollout_batch_size": 2, "batch_size": 4, "steps": 4, "score_threshold": 0.05},
@@ -80,7 +81,13 @@ def recipe(sdxl: Path, sd15: Path, few_records: Path, tmp_path: Path) -> Recipe:
         }
         return load_config("", [*(f"{key}={value}" for key, value in settings.items()), *overrides])
 
-    return make
+    return lambda folder: partial(make, folder)
+
+
+@pytest.fixture
+def recipe(recipe_in: Callable[[Path], Recipe], tmp_path: Path) -> Recipe:
+    """The same, writing below the test's own folder."""
+    return recipe_in(tmp_path)
 
 
 def opened(config: Config, run_dir: Path) -> StepwiseTrainer:
@@ -252,15 +259,16 @@ def test_a_round_is_trained_on_whatever_the_models_grid(
     assert asked["reference"][1:] == timesteps[:-1] and asked["reference"][0] > timesteps[0]
 
 
-@pytest.mark.parametrize("micro", [3, 2, 1])
-def test_micro_batches_do_not_change_the_training(recipe: Recipe, tmp_path: Path, micro: int) -> None:
+def test_micro_batches_do_not_change_the_training(recipe: Recipe, tmp_path: Path) -> None:
     def trained(*more: str) -> torch.Tensor:
         trainer = opened(recipe("precision=fp64", "inner_steps=1", *more), tmp_path / "-".join(["run", *more]))
         for step in range(4):
             trainer.step(step)
         return torch.cat([p.detach().flatten() for p in trainer.policy.trainable.values()])
 
-    torch.testing.assert_close(trained(), trained(f"micro_batch_size={micro}"), rtol=0, atol=1e-9)
+    whole = trained()
+    for micro in (3, 2, 1):
+        torch.testing.assert_close(whole, trained(f"micro_batch_size={micro}"), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("extra", [["inner_steps=1"], ["fused_ops=true", "train=full"]])
@@ -340,10 +348,18 @@ main()
 """
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(recipe_in: Callable[[Path], Recipe], tmp_path_factory: pytest.TempPathFactory) -> Config:
+    config = recipe_in(tmp_path_factory.mktemp("whole"))("name=whole", "steps=6")
+    run_training(config)
+    return config
+
+
 @pytest.mark.parametrize(("where", "count"), [("rollout", 40), ("scoring", 7), ("training", 3)])
-def test_a_killed_run_continues_bit_for_bit(recipe: Recipe, tmp_path: Path, where: str, count: int) -> None:
-    uninterrupted, killed = recipe("name=whole", "steps=6"), recipe("name=killed", "steps=6")
-    run_training(uninterrupted)
+def test_a_killed_run_continues_bit_for_bit(
+    recipe: Recipe, uninterrupted: Config, tmp_path: Path, where: str, count: int
+) -> None:
+    killed = recipe("name=killed", "steps=6")
     save_config(killed, tmp_path / "killed.yaml")
     done = forked.run(["-c", KILLER.format(where=where, count=count), str(tmp_path / "killed.yaml")])
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -34,18 +34,23 @@ from fastpref.train.telemetry import MetricsLog, StopRequest
 Recipe = Callable[..., Config]
 
 
+COMMON = ["method=dpo", "steps=4", "checkpoint_every=2", "micro_batch_size=4", "ema_decay=0.9", "resume=auto"]
+
+
 @pytest.fixture
 def recipe(sd15_config: Recipe) -> Recipe:
     """A DPO run of four steps with a checkpoint after each two; ``recipe("NAME", …)``."""
-    common = ["method=dpo", "steps=4", "checkpoint_every=2", "micro_batch_size=4", "ema_decay=0.9", "resume=auto"]
-    return lambda name, *more: sd15_config(f"name={name}", *common, *more)
+    return lambda name, *more: sd15_config(f"name={name}", *COMMON, *more)
 
 
-@pytest.fixture
-def whole(recipe: Recipe) -> dict[str, torch.Tensor]:
+@pytest.fixture(scope="module")
+def whole(
+    sd15_config_in: Callable[[Path], Recipe], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
     """The weights of the uninterrupted run."""
-    run_training(recipe("whole"))
-    return weights(recipe("whole"))
+    config = sd15_config_in(tmp_path_factory.mktemp("whole"))(*COMMON)
+    run_training(config)
+    return weights(config)
 
 
 def weights(config: Config) -> dict[str, torch.Tensor]:
@@ -87,10 +92,14 @@ def command(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("beside", ["true", "false"])
 def test_a_full_disk_leaves_the_checkpoint_before_it(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, beside: str
+    recipe: Recipe,
+    whole: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
+    beside: str,
 ) -> None:
-    config, whole = recipe("full", "steps=6", f"checkpoint_async={beside}"), recipe("whole", "steps=6")
-    run_training(whole)
+    config = recipe("full", f"checkpoint_async={beside}")
     run_training(recipe("full", "steps=2"))
     before = checkpoint(config)
     size = (before.path / "state.safetensors").stat().st_size
@@ -102,7 +111,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(
     assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["step-000002"]
     assert load_checkpoint(before.path).step == 2
     run_training(config)
-    assert same(weights(config), weights(whole))
+    assert same(weights(config), whole)
 
 
 def test_a_full_disk_anywhere_else_is_one_line_too(
