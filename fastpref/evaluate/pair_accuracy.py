@@ -43,6 +43,7 @@ from fastpref.models.text import TextStack, load_text_stack
 from fastpref.models.time_ids import target_time_ids
 from fastpref.models.vae import encode
 from fastpref.models.work import Work
+from fastpref.process.ddpm import noising
 from fastpref_kernels import add_keyed_noise, derive_keys
 
 
@@ -146,8 +147,9 @@ class _Judge(ABC):
         if t == 0:
             return shown.latents
         keys = derive_keys(0, 0, shown.keys, t, "sample").to(shown.latents.device)
-        alphas = self.schedule.alphas_cumprod.to(shown.latents.device, shown.latents.dtype)
-        return add_keyed_noise(shown.latents, keys, times, alphas)
+        rows = noising(self.schedule.alphas_cumprod, self.schedule.prediction_type).at(times.cpu())
+        a, s, _, _ = rows.to(shown.latents.device, torch.promote_types(shown.latents.dtype, torch.float32))
+        return add_keyed_noise(shown.latents, keys, a, s)
 
     def _latents(self, images: torch.Tensor) -> torch.Tensor:
         mean = encode(self.vae, images).mean.to(self.dtype)

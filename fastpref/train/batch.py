@@ -26,8 +26,9 @@ from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.policy import Conditioning
 from fastpref.models.time_ids import target_time_ids
 from fastpref.objectives.rpo import combine_embeddings
+from fastpref.process.ddpm import noising
 from fastpref.train.profile import phase
-from fastpref_kernels import derive_keys, keyed_noise, keyed_uniform_u32
+from fastpref_kernels import Purpose, derive_keys, keyed_noise, keyed_uniform_u32
 
 _U32 = 1 << 32
 Pairs = TypeVar("Pairs", StoreBatch, ClipBatch)
@@ -60,8 +61,7 @@ class BatchBuilder:
         self.with_losers = with_losers
         self.winner_sized = config.size_conditioning == "winner"
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        alphas_cumprod = schedule.alphas_cumprod.to(device, self.dtype)
-        self.signal, self.sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+        self.noising = noising(schedule.alphas_cumprod, schedule.prediction_type).to(device, self.dtype)
         prompt, pooled = store.empty_prompt()
         self.empty_prompt_embeds, self.empty_pooled = self.moved(prompt), None if pooled is None else self.moved(pooled)
 
@@ -89,10 +89,11 @@ class BatchBuilder:
             keys = self.moved(self._keys(plan, ids, "noise"))
             # Drawn once for both pictures of a pair and for the target: on a CPU it is most of what a batch costs.
             noise = keyed_noise(keys, tuple(clean.shape[1:]), self.dtype).repeat(repeat, 1, 1, 1)
-            signal, sigma = (level[timesteps].view(-1, 1, 1, 1) for level in (self.signal, self.sigma))
-            noisy = clean * signal + noise * sigma
             epsilon = self.schedule.prediction_type == "epsilon"
-            target = noise if epsilon else noise * signal - clean * sigma
+            needed = self.noising[: 2 if epsilon else 4]  # a gather is a launch
+            a, s, *of_target = (x[timesteps].view(-1, 1, 1, 1) for x in needed)
+            noisy = clean * a + noise * s
+            target = noise if epsilon else noise * of_target[0] + clean * of_target[1]
         return PairBatch(noisy, target, timesteps, conditioning, len(ids), label)
 
     def embeddings(self, plan: BatchPlan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,10 +114,10 @@ class BatchBuilder:
     def _pin(self, values: torch.Tensor) -> torch.Tensor:
         return pinned(values) if self.device.type == "cuda" else values
 
-    def _keys(self, plan: BatchPlan, ids: torch.Tensor, purpose: str, draw: int = 0) -> torch.Tensor:
+    def _keys(self, plan: BatchPlan, ids: torch.Tensor, purpose: Purpose, draw: int = 0) -> torch.Tensor:
         return derive_keys(self.config.seed, plan.epoch, ids, draw, purpose)
 
-    def _coin(self, plan: BatchPlan, ids: torch.Tensor, purpose: str, share: float) -> torch.Tensor:
+    def _coin(self, plan: BatchPlan, ids: torch.Tensor, purpose: Purpose, share: float) -> torch.Tensor:
         return keyed_uniform_u32(self._keys(plan, ids, purpose)) < int(share * _U32)
 
     def _mislabelled(self, ids: torch.Tensor) -> torch.Tensor:

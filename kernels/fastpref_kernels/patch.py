@@ -9,6 +9,7 @@ at every call.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, NamedTuple
@@ -171,6 +172,7 @@ def patch_unet(unet: nn.Module) -> PatchCounts:
 
     Returns the places that are fused after the call. A second call, at any time, adds what is new since, such as
     adapters. While patched the UNet has the same modules, parameters and state_dict; it cannot be pickled whole.
+    Warns where nothing of the module is fused: it is no UNet, or one of other blocks.
     """
     norms = gates = loras = 0
     for module in list(unet.modules()):
@@ -184,7 +186,11 @@ def patch_unet(unet: nn.Module) -> PatchCounts:
             pair: Any = module.conv_norm_out, module.conv_act
             if all("forward" not in m.__dict__ or _forward(m) for m in pair):
                 norms += _set(pair[0], _norm_silu_forward) and _set(pair[1], _identity_forward)
-    return PatchCounts(norms, gates, loras)
+    counts = PatchCounts(norms, gates, loras)
+    if not any(counts):
+        what = f"patch_unet: nothing in {type(unet).__name__} can be fused, it has no layer of a diffusers UNet"
+        warnings.warn(what, stacklevel=2)
+    return counts
 
 
 def unpatch_unet(unet: nn.Module) -> PatchCounts:

@@ -33,10 +33,10 @@ def test_opcheck(name: str) -> None:
 
 def loss_of(pred: torch.Tensor, target: torch.Tensor, ref_pred: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
     """Every op of the package in one function."""
-    keys, timesteps = torch.arange(pred.shape[0]), torch.arange(pred.shape[0])
-    noisy = add_keyed_noise(pred, keys, timesteps, ALPHAS_CUMPROD)
+    keys, a = torch.arange(pred.shape[0]), torch.linspace(1, 0, pred.shape[0])
+    noisy = add_keyed_noise(pred, keys, a, 1 - a)
     noisy = noisy + keyed_noise(keys, pred.shape[1:], pred.dtype)
-    winners, losers = implicit_reward(noisy, target, ref_pred).chunk(2)
+    winners, losers = implicit_reward(noisy, target, ref_pred=ref_pred).chunk(2)
     rpo = rpo_loss(winners, losers, emb, emb, beta=2.0, temperature=0.5, group_size=2)
     return rpo.loss + dpo_loss(winners, losers, beta=2.0).loss * rpo.effective_contrasts
 

@@ -26,7 +26,7 @@ def test_matches_oracle(path: str, shape: tuple[int, ...], dtype: torch.dtype, r
     ref = ref_pred if reference == "ref_pred" else None
     leaf = pred.clone().requires_grad_()
     exact = pred.double().clone().requires_grad_()
-    reward = implicit_reward(leaf, target, ref, ref_error=ref_error)
+    reward = implicit_reward(leaf, target, ref_pred=ref, ref_error=ref_error)
     expected = oracle.implicit_reward(exact, target, ref, ref_error)
     assert reward.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_close(reward, expected)
@@ -41,7 +41,7 @@ def test_worked_by_hand(path: str) -> None:
     pred = torch.tensor([[1.0, 2.0], [0.0, 1.0]], requires_grad=True)
     target = torch.tensor([[0.0, 0.0], [0.0, 3.0]])
     ref_pred = torch.tensor([[2.0, 2.0], [1.0, 3.0]])
-    parts = implicit_reward_parts(pred, target, ref_pred, cross=True)
+    parts = implicit_reward_parts(pred, target, ref_pred=ref_pred, cross=True)
     # errors (1 + 4)/2 and (0 + 4)/2; the reference's (4 + 4)/2 and (1 + 0)/2; cross (1*0 + 2*-2)/2
     assert parts.error.tolist() == [2.5, 2.0]
     assert parts.reward.tolist() == [1.5, -1.5]
@@ -53,17 +53,17 @@ def test_worked_by_hand(path: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_parts_match_oracle(path: str, dtype: torch.dtype) -> None:
     pred, target, ref_pred = batch((6, 4, 19, 17), dtype)
-    parts = implicit_reward_parts(pred, target, ref_pred, cross=True)
+    parts = implicit_reward_parts(pred, target, ref_pred=ref_pred, cross=True)
     assert_close(parts.error, oracle.error(pred, target))
     assert_close(parts.reward, oracle.implicit_reward(pred, target, ref_pred))
     assert parts.cross is not None
     assert_close(parts.cross, oracle.cross(pred, target))
-    assert implicit_reward_parts(pred, target, ref_pred).cross is None
+    assert implicit_reward_parts(pred, target, ref_pred=ref_pred).cross is None
 
 
 def test_only_reward_back_propagates_and_only_to_pred(path: str) -> None:
     pred, target, ref_pred = (x.requires_grad_() for x in batch((2, 8), torch.float32))
-    parts = implicit_reward_parts(pred, target, ref_pred, cross=True)
+    parts = implicit_reward_parts(pred, target, ref_pred=ref_pred, cross=True)
     assert parts.cross is not None
     assert not parts.error.requires_grad and not parts.cross.requires_grad
     parts.reward.sum().backward()
@@ -74,7 +74,7 @@ def test_only_reward_back_propagates_and_only_to_pred(path: str) -> None:
 def test_zero_where_policy_equals_reference(path: str, dtype: torch.dtype) -> None:
     pred = (1e2 * torch.randn(3, 4, 33, 31)).to(dtype)
     target = torch.randn_like(pred)
-    assert implicit_reward(pred, target, pred.clone()).tolist() == [0.0] * 3
+    assert implicit_reward(pred, target, ref_pred=pred.clone()).tolist() == [0.0] * 3
     ledger = implicit_reward_parts(pred, target).error
     assert implicit_reward(pred, target, ref_error=ledger).tolist() == [0.0] * 3
 
@@ -85,23 +85,23 @@ def test_small_rewards_keep_their_digits(path: str) -> None:
     ref_pred = target + torch.randn_like(target)
     pred = ref_pred + 1e-6 * torch.randn_like(target)
     expected = oracle.implicit_reward(pred, target, ref_pred)
-    assert ((implicit_reward(pred, target, ref_pred).double() - expected).abs() < 1e-12).all()
+    assert ((implicit_reward(pred, target, ref_pred=ref_pred).double() - expected).abs() < 1e-12).all()
 
 
 def test_row_does_not_depend_on_the_batch(path: str) -> None:
     pred, target, ref_pred = batch((10, 4, 33, 31), torch.bfloat16)
-    whole = implicit_reward_parts(pred, target, ref_pred)
+    whole = implicit_reward_parts(pred, target, ref_pred=ref_pred)
     for rows in (slice(0, 1), slice(3, 10), slice(9, 10)):
-        part = implicit_reward_parts(pred[rows], target[rows], ref_pred[rows])
+        part = implicit_reward_parts(pred[rows], target[rows], ref_pred=ref_pred[rows])
         assert torch.equal(part.reward, whole.reward[rows]) and torch.equal(part.error, whole.error[rows])
 
 
 def test_memory_order_does_not_matter(path: str) -> None:
     pred, target, ref_pred = batch((2, 4, 9, 11), torch.float32)
-    expected = implicit_reward(pred, target, ref_pred)
+    expected = implicit_reward(pred, target, ref_pred=ref_pred)
     last = pred.to(memory_format=torch.channels_last).requires_grad_()
     strided = torch.empty(2, 4, 9, 22)[..., ::2].copy_(target)
-    reward = implicit_reward(last, strided, ref_pred.transpose(1, 3).contiguous().transpose(1, 3))
+    reward = implicit_reward(last, strided, ref_pred=ref_pred.transpose(1, 3).contiguous().transpose(1, 3))
     assert torch.equal(reward, expected)
     reward.sum().backward()
     assert last.grad is not None
@@ -112,14 +112,14 @@ def test_memory_order_does_not_matter(path: str) -> None:
 
 def test_mixed_dtypes(path: str) -> None:
     pred, target, ref_pred = torch.randn(2, 40).bfloat16(), torch.randn(2, 40), torch.randn(2, 40).half()
-    assert_close(implicit_reward(pred, target, ref_pred), oracle.implicit_reward(pred, target, ref_pred))
+    assert_close(implicit_reward(pred, target, ref_pred=ref_pred), oracle.implicit_reward(pred, target, ref_pred))
 
 
 def test_extreme_and_nan_rows(path: str) -> None:
     pred, target, ref_pred = batch((3, 50), torch.float32)
     pred[0] *= 1e4
     pred[1, 7] = torch.nan
-    reward = implicit_reward(pred, target, ref_pred)
+    reward = implicit_reward(pred, target, ref_pred=ref_pred)
     expected = oracle.implicit_reward(pred, target, ref_pred)
     assert reward[1].isnan()
     assert_close(reward[::2], expected[::2], scale=1e3)
@@ -127,19 +127,19 @@ def test_extreme_and_nan_rows(path: str) -> None:
 
 def test_many_chunks_of_several_blocks(path: str) -> None:
     pred, target, ref_pred = batch((2, 256 * 1024 + 5), torch.float32)
-    assert_close(implicit_reward(pred, target, ref_pred), oracle.implicit_reward(pred, target, ref_pred))
+    assert_close(implicit_reward(pred, target, ref_pred=ref_pred), oracle.implicit_reward(pred, target, ref_pred))
 
 
 def test_better_prediction_has_higher_reward(path: str) -> None:
     target, ref_pred = torch.randn(2, 2, 30)
-    reward = implicit_reward(torch.stack([target[0], -target[1]]), target, ref_pred)
-    assert reward[0] > 0 > implicit_reward(target + 100, target, ref_pred).max()
+    reward = implicit_reward(torch.stack([target[0], -target[1]]), target, ref_pred=ref_pred)
+    assert reward[0] > 0 > implicit_reward(target + 100, target, ref_pred=ref_pred).max()
     assert reward[1] < reward[0]
 
 
 def test_gradcheck() -> None:
     pred, target, ref_pred = (torch.randn(3, 2, 5, dtype=torch.float64) for _ in range(3))
-    assert torch.autograd.gradcheck(lambda x: implicit_reward(x, target, ref_pred), pred.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: implicit_reward(x, target, ref_pred=ref_pred), pred.requires_grad_())
 
 
 X = torch.zeros(2, 3)

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from coefficients import noising
 from interpreter import only
 from reference import keyed_noise as oracle
 from sparse import FAR, far_rows
@@ -219,66 +220,67 @@ def test_extreme_words(path: str) -> None:
 def test_add_matches_oracle(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x0 = torch.randn(4, *shape).to(dtype)
     keys = derive_keys(0, 0, torch.arange(4), 0, "noise")
-    timesteps = torch.tensor([0, 10, 500, 999])
+    coefficients = noising(ALPHAS_CUMPROD, torch.tensor([0, 10, 500, 999]))
     leaf = x0.clone().requires_grad_()
-    x_t = add_keyed_noise(leaf, keys, timesteps, ALPHAS_CUMPROD.double())
-    abar = ALPHAS_CUMPROD.double()[timesteps].view(-1, *[1] * len(shape))
+    x_t = add_keyed_noise(leaf, keys, *coefficients)
+    a, s = (x.view(-1, *[1] * len(shape)) for x in coefficients)
     noise = keyed_noise(keys, shape, torch.float32).double()
     assert x_t.dtype == dtype
-    assert_close(x_t, abar.sqrt() * x0.double() + (1 - abar).sqrt() * noise)
+    assert_close(x_t, a * x0.double() + s * noise)
     x_t.backward(torch.ones_like(x_t))
     assert leaf.grad is not None
-    assert_close(leaf.grad, abar.sqrt().expand_as(x0))
+    assert_close(leaf.grad, a.expand_as(x0))
 
 
-def test_add_at_the_ends_of_the_schedule(path: str) -> None:
+def test_add_at_the_ends_of_a_process(path: str) -> None:
     x0, keys = torch.randn(2, 4, 9, 11).to(memory_format=torch.channels_last), torch.arange(2)
-    x_t = add_keyed_noise(x0, keys, torch.tensor([0, 1]), torch.tensor([1.0, 0.0]))
+    x_t = add_keyed_noise(x0, keys, torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
     assert torch.equal(x_t[0], x0[0])
     torch.testing.assert_close(x_t[1], keyed_noise(keys, (4, 9, 11), torch.float32)[1], rtol=0, atol=0)
 
 
 def test_add_reads_strides_in_place_and_keeps_nan(path: str) -> None:
-    x0, keys, t = torch.randn(3, 12, 5, 7), torch.arange(3), torch.tensor([1, 400, 999])
+    x0, keys, a = torch.randn(3, 12, 5, 7), torch.arange(3), torch.tensor([0.99, 0.5, 0.1])
     x0[1, 2, 3, 4] = torch.nan
-    expected = add_keyed_noise(x0[:, ::2].contiguous(), keys, t, ALPHAS_CUMPROD)
+    expected = add_keyed_noise(x0[:, ::2].contiguous(), keys, a, 1 - a)
     for strided in (x0[:, ::2], x0[:, ::2].to(memory_format=torch.channels_last)):
-        x_t = add_keyed_noise(strided, keys, t, ALPHAS_CUMPROD)
+        x_t = add_keyed_noise(strided, keys, a, 1 - a)
         torch.testing.assert_close(x_t, expected, rtol=0, atol=0, equal_nan=True)
     assert expected.isnan().sum() == 1 and expected[1, 1, 3, 4].isnan()
 
 
 def test_add_row_does_not_depend_on_the_batch(path: str) -> None:
-    x0, keys, t = torch.randn(9, 4, 9, 7), torch.arange(9), torch.arange(0, 900, 100)
-    whole = add_keyed_noise(x0, keys, t, ALPHAS_CUMPROD)
+    x0, keys, a = torch.randn(9, 4, 9, 7), torch.arange(9), torch.linspace(1, 0, 9)
+    whole = add_keyed_noise(x0, keys, a, 1 - a)
     for n in range(9):
-        assert torch.equal(add_keyed_noise(x0[n : n + 1], keys[n : n + 1], t[n : n + 1], ALPHAS_CUMPROD)[0], whole[n])
+        row = slice(n, n + 1)
+        assert torch.equal(add_keyed_noise(x0[row], keys[row], a[row], 1 - a[row])[0], whole[n])
 
 
 def test_add_gradcheck() -> None:
     x0 = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
-    inputs = torch.arange(2), torch.tensor([3, 700]), ALPHAS_CUMPROD
+    inputs = torch.arange(2), torch.tensor([0.9, 0.3]), torch.tensor([0.1, 0.7])
     assert torch.autograd.gradcheck(lambda x: add_keyed_noise(x, *inputs), x0)
 
 
 K = torch.arange(2)
-GOOD = {"x0": torch.zeros(2, 3), "keys": K, "timesteps": K, "alphas_cumprod": ALPHAS_CUMPROD}
+GOOD = {"x0": torch.zeros(2, 3), "keys": K, "a": torch.ones(2), "s": torch.ones(2)}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"timesteps": torch.tensor([0, 1000])}, r"\[0, 1000\)"),
-        ({"timesteps": torch.tensor([-1, 0])}, r"\[0, 1000\)"),
-        ({"timesteps": K.int()}, "int64"),
-        ({"timesteps": K[:1]}, "timesteps"),
+        ({"a": K}, r"a must be fp32 or fp64 of shape \(2,\) in add_keyed_noise\(x0, keys, a, s\), got torch.int64"),
+        ({"a": torch.ones(2).half()}, "fp32 or fp64"),
+        ({"s": torch.ones(1)}, r"s must be .* of shape \(2,\)"),
+        ({"s": torch.ones(2, 1)}, r"s must be .* of shape \(2,\)"),
+        ({"s": torch.ones(2, device="meta")}, "s is on meta"),
         ({"keys": K[:1]}, "one row per key"),
         ({"keys": K.int()}, "int64"),
-        ({"x0": torch.zeros(0, 3), "keys": K[:0], "timesteps": K[:0]}, "empty"),
+        ({"x0": torch.zeros(0, 3), "keys": K[:0]}, "empty"),
         ({"x0": torch.zeros(2, 0)}, "elements"),
         ({"x0": torch.zeros(2, 3).int()}, "floating"),
         ({"x0": torch.zeros(2, 3).to("meta")}, "meta"),
-        ({"alphas_cumprod": ALPHAS_CUMPROD[None]}, "vector"),
     ],
 )
 def test_add_errors_are_one_line(change: dict, message: str) -> None:

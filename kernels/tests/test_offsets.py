@@ -52,11 +52,11 @@ def test_added_noise_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None
     """The same for x_t; of x0 only one row is there, read 33 times."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     monkeypatch.setattr(sys.modules["fastpref_kernels.keyed_noise.triton"], "_BLOCK", BLOCK)
-    keys, timesteps = derive_keys(0, 0, torch.arange(33), 0, "noise"), torch.arange(0, 990, 30)
-    alphas, row = torch.linspace(0.99, 0.01, 1000), torch.from_numpy(np.zeros(ROW, np.int16)).view(torch.bfloat16)
+    keys, a = derive_keys(0, 0, torch.arange(33), 0, "noise"), torch.linspace(0.99, 0.01, 33)
+    row = torch.from_numpy(np.zeros(ROW, np.int16)).view(torch.bfloat16)
     row[:100] = torch.randn(100)
     with dispatch.triton_on_cpu():
-        expected = add_keyed_noise(row[None, :100], keys[-1:], timesteps[-1:], alphas)
+        expected = add_keyed_noise(row[None, :100], keys[-1:], a[-1:], 1 - a[-1:])
         with only(last_row_begins):
-            x_t = add_keyed_noise(row.expand(33, ROW), keys, timesteps, alphas)
+            x_t = add_keyed_noise(row.expand(33, ROW), keys, a, 1 - a)
     assert torch.equal(x_t[-1:, :100], expected)

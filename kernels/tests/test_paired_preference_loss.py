@@ -63,7 +63,7 @@ def test_matches_oracle(path: str, name: str, dtype: torch.dtype, reference: str
     if reference == "ref_error":
         settings["ref_error"] = torch.rand(4 * pairs)[::2]
     leaf, exact = (x.clone().requires_grad_() for x in (pred, pred.double()))
-    result = fused(leaf, ref, target, **settings)
+    result = fused(leaf, target, ref_pred=ref, **settings)
     expected = oracle.paired_preference_loss(exact, ref, target, **oracle_settings(settings))
     assert result.loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # beta multiplies the rounding of the rewards
@@ -84,8 +84,8 @@ def test_many_pairs(path: str, name: str, pairs: int) -> None:
     pred, ref_pred, target = inputs(pairs, shape=(150,))
     settings = contrasts(name, pairs)
     leaves = [pred.clone().requires_grad_() for _ in range(2)]
-    result = fused(leaves[0], ref_pred, target, beta=20.0, **settings)
-    reward = implicit_reward(leaves[1], target, ref_pred)
+    result = fused(leaves[0], target, ref_pred=ref_pred, beta=20.0, **settings)
+    reward = implicit_reward(leaves[1], target, ref_pred=ref_pred)
     kind = settings.pop("kind", "dpo")
     if kind == "dpo":
         expected = dpo_loss(*reward.chunk(2), beta=20.0)
@@ -102,14 +102,14 @@ def test_many_pairs(path: str, name: str, pairs: int) -> None:
 @pytest.mark.parametrize("kind", ["noise", "velocity"])
 def test_keyed_targets(path: str, kind: str) -> None:
     pred, ref_pred, x0 = inputs(2)
-    keys, timesteps = torch.tensor([3, 4, 3, 4]), torch.tensor([9, 80, 9, 80])
+    keys, p = torch.tensor([3, 4, 3, 4]), torch.tensor([0.9, 0.3, 0.9, 0.3])
     if kind == "noise":
         target, exact_target = KeyedNoise(keys), noise_oracle.noise(keys, x0.shape[1:])
     else:
-        target = KeyedVelocity(keys, x0, timesteps, ALPHAS_CUMPROD)
-        exact_target = noise_oracle.velocity(keys, x0, timesteps, ALPHAS_CUMPROD)
+        target = KeyedVelocity(keys, x0, p, p - 1)
+        exact_target = noise_oracle.velocity(keys, x0, p, p - 1)
     leaf, exact = (x.clone().requires_grad_() for x in (pred, pred.double()))
-    result = fused(leaf, ref_pred, target, beta=20.0)
+    result = fused(leaf, target, ref_pred=ref_pred, beta=20.0)
     expected = oracle.paired_preference_loss(exact, ref_pred, exact_target, 20.0)
     assert_close(result.loss, expected[0], 40.0)
     result.loss.backward()
@@ -157,7 +157,7 @@ def test_launches_forward_and_backward(monkeypatch: pytest.MonkeyPatch, name: st
     monkeypatch.setattr(GridExecutor, "__call__", unwatched(GridExecutor.__call__))
     pred, ref_pred, target = inputs(6)
     with dispatch.triton_on_cpu(), traffic() as launches:
-        fused(pred.requires_grad_(), ref_pred, target, beta=20.0, **contrasts(name, 6)).loss.backward()
+        fused(pred.requires_grad_(), target, ref_pred=ref_pred, beta=20.0, **contrasts(name, 6)).loss.backward()
     assert len(launches) == count <= 4
     assert calls.names == []
 
@@ -168,7 +168,7 @@ def test_autograd_keeps_its_inputs_and_a_number_a_row(path: str, name: str) -> N
     given = {x.data_ptr() for x in (pred, ref_pred, target)}
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        loss = fused(pred.requires_grad_(), ref_pred, target, beta=20.0, **contrasts(name, 4)).loss
+        loss = fused(pred.requires_grad_(), target, ref_pred=ref_pred, beta=20.0, **contrasts(name, 4)).loss
     assert loss.requires_grad
     sizes = [x.numel() for x in saved if x.data_ptr() not in given]
     assert sizes == [8]
@@ -177,7 +177,7 @@ def test_autograd_keeps_its_inputs_and_a_number_a_row(path: str, name: str) -> N
 def test_worked_by_hand(path: str) -> None:
     """Errors 1 (winner) and 4 (loser), the reference's 2 and 4: rewards 1 and 0, u = 1."""
     pred = torch.tensor([[1.0, 1.0], [2.0, -2.0]], requires_grad=True)
-    result = fused(pred, None, torch.zeros(2, 2), beta=2.0, ref_error=torch.tensor([2.0, 4.0]))
+    result = fused(pred, torch.zeros(2, 2), beta=2.0, ref_error=torch.tensor([2.0, 4.0]))
     sigmoid = torch.sigmoid(torch.tensor(-1.0)).item()
     torch.testing.assert_close(result.loss.item(), -torch.sigmoid(torch.tensor(1.0)).log().item())
     assert result.reward.tolist() == [1.0, 0.0] and result.accuracy == 1 and result.effective_contrasts == 1
@@ -189,15 +189,15 @@ def test_worked_by_hand(path: str) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_where_policy_equals_reference_half_of_the_pairs_count_as_won(path: str, name: str) -> None:
     pred, _, target = inputs(6)
-    result = fused(pred, pred.clone(), target, beta=20.0, **contrasts(name, 6))
+    result = fused(pred, target, ref_pred=pred.clone(), beta=20.0, **contrasts(name, 6))
     assert result.reward.tolist() == [0.0] * 12 and result.accuracy == 0.5
 
 
 def test_channels_last_and_far_rows(path: str) -> None:
     pred, ref_pred, target = inputs(2)
-    expected = fused(pred, ref_pred, target, beta=20.0).loss
+    expected = fused(pred, target, ref_pred=ref_pred, beta=20.0).loss
     last = pred.to(memory_format=torch.channels_last).requires_grad_()
-    result = fused(last, ref_pred, target, beta=20.0).loss
+    result = fused(last, target, ref_pred=ref_pred, beta=20.0).loss
     assert torch.equal(result, expected)
     result.backward()
     assert last.grad is not None and last.grad.is_contiguous(memory_format=torch.channels_last)
@@ -211,7 +211,7 @@ def test_nan_row_gives_nan_loss(path: str) -> None:
     pred, ref_pred, target = inputs(3)
     pred[1, 0, 0, 0] = torch.nan
     for name in ("dpo", "outside"):
-        result = fused(pred, ref_pred, target, beta=2.0, **contrasts(name, 3))
+        result = fused(pred, target, ref_pred=ref_pred, beta=2.0, **contrasts(name, 3))
         assert result.loss.isnan() and result.reward.isnan().tolist() == [False, True, False, False, False, False]
 
 
@@ -220,7 +220,7 @@ def test_gradcheck() -> None:
     for name in ("dpo,smoothed", "outside", "inside", "uniform"):
         settings = contrasts(name, 3, torch.float64) | {"beta": 3.0}
         assert torch.autograd.gradcheck(
-            lambda x, s=settings: fused(x, ref_pred, target, **s).loss, pred.requires_grad_()
+            lambda x, s=settings: fused(x, target, ref_pred=ref_pred, **s).loss, pred.requires_grad_()
         )
 
 
@@ -235,7 +235,7 @@ def test_opcheck_and_one_graph(name: str) -> None:
     settings = contrasts(name, 2)
 
     def loss(x, keys):
-        return fused(x, ref_pred, KeyedNoise(keys), beta=2.0, **settings).loss
+        return fused(x, KeyedNoise(keys), ref_pred=ref_pred, beta=2.0, **settings).loss
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(pred, torch.arange(4))
@@ -265,5 +265,5 @@ X, E = torch.zeros(4, 3), torch.zeros(2, 5)
 def test_errors_are_one_line(pred: torch.Tensor, settings: dict, message: str) -> None:
     settings = {"beta": 1.0} | settings
     with pytest.raises(ValueError, match=message) as error:
-        fused(pred, settings.pop("ref_pred", None), torch.zeros_like(pred), **settings)
+        fused(pred, torch.zeros_like(pred), ref_pred=settings.pop("ref_pred", None), **settings)
     assert "\n" not in str(error.value)

@@ -106,6 +106,11 @@ def test_output_and_gradients_of_the_whole_unet() -> None:
     assert spy(unet)() == {"group_norm_silu", "geglu", "lora_linear"}
 
 
+def test_a_module_without_anything_to_fuse_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="nothing in Sequential can be fused"):
+        assert patch_unet(torch.nn.Sequential(torch.nn.Linear(2, 2))) == PatchCounts(0, 0, 0)
+
+
 def test_full_fine_tuning_and_channels_last() -> None:
     unet = make_unet(lora=False).requires_grad_(True).to(memory_format=torch.channels_last)
     expected = run_with_gradients(unet)

@@ -48,7 +48,7 @@ def test_dpo_loss_block_is_replaced_by_the_same_loss(capsys: pytest.CaptureFixtu
     assert source is not None
     exec(source[0].replace(".float()", ".double()"), names)
     expected = names["loss_block"](plain, *arguments)
-    loss = paired_preference_loss(fused, *arguments[:2], beta=5000.0).loss
+    loss = paired_preference_loss(fused, arguments[1], ref_pred=arguments[0], beta=5000.0).loss
     assert (names["pred"] != names["ref_pred"]).any()  # a step was taken
     # beta / 2 multiplies the rounding of a reward, a mean of (pred - ref_pred) * (pred + ref_pred - 2 target)
     pred, ref_pred, target = (x.detach().double() for x in (plain, *arguments[:2]))

@@ -80,7 +80,7 @@ def test_bytes_of_the_paired_loss(triton_path: None) -> None:
     pred, ref_pred = torch.randn(2, 2, 4, 64, 64).bfloat16().unbind()
     with interpreter.traffic() as launches:
         fp.paired_preference_loss(
-            pred.requires_grad_(), ref_pred, fp.KeyedNoise(torch.arange(2)), beta=1.0
+            pred.requires_grad_(), fp.KeyedNoise(torch.arange(2)), ref_pred=ref_pred, beta=1.0
         ).loss.backward()
     for launch in (launches[0], launches[-1]):
         assert 4 <= (launch.read + launch.written) / pred.numel() < 1.03 * 4
@@ -156,7 +156,7 @@ def test_at_most_four_launches_for_a_paired_loss(triton_path: None, kind: str) -
     emb = {"emb_w": torch.randn(4, 6), "emb_l": torch.randn(4, 6), "temperature": 0.5} if kind == "rpo" else {}
     with interpreter.traffic() as launches:
         fp.paired_preference_loss(
-            pred, ref_pred, fp.KeyedNoise(torch.arange(8)), beta=2.0, kind=kind, **emb
+            pred, fp.KeyedNoise(torch.arange(8)), ref_pred=ref_pred, beta=2.0, kind=kind, **emb
         ).loss.backward()
     assert len(launches) == (4 if kind == "rpo" else 3)
 
@@ -164,7 +164,7 @@ def test_at_most_four_launches_for_a_paired_loss(triton_path: None, kind: str) -
 def test_a_backward_launches_nothing_but_its_own(triton_path: None) -> None:
     """No zeros are written for the outputs that are not differentiated."""
     pred, ref_pred = torch.randn(8, 40, requires_grad=True), torch.randn(8, 40)
-    loss = fp.paired_preference_loss(pred, ref_pred, fp.KeyedNoise(torch.arange(8)), beta=2.0).loss
+    loss = fp.paired_preference_loss(pred, fp.KeyedNoise(torch.arange(8)), ref_pred=ref_pred, beta=2.0).loss
     one = torch.ones(())
     with Eager() as eager:
         torch.autograd.grad(loss, pred, one)

@@ -3,19 +3,74 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import pairwise
+from numbers import Integral, Real
+from typing import Any, Literal, TypeVar, get_args
 
-from torch import Tensor
+from torch import Tensor, float32, float64
 
-WEIGHTS = ("outside", "inside", "uniform")
+Weight = Literal["outside", "inside", "uniform"]
+WEIGHTS: tuple[str, ...] = get_args(Weight)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def renewed(call: str, positional: int, *gone: str) -> Callable[[F], F]:
+    """Let calls of version 0.1, which have more positional arguments or names that are gone, raise one line that shows
+    the new call."""
+
+    def renew(function: F) -> F:
+        @wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            if len(args) > positional or any(name in kwargs for name in gone):
+                raise TypeError(f"{call.split('(')[0]}: since version 0.2 the call is {call}")
+            return function(*args, **kwargs)
+
+        return checked  # type: ignore[return-value]
+
+    return renew
+
+
+def is_number(value: object) -> bool:
+    """One number, which may be symbolic: no string, and no array."""
+    return isinstance(value, (int, float, Real)) or (isinstance(value, Tensor) and value.dim() == 0)
+
+
+def check_between(op: str, name: str, value: float, low: float, high: float, what: str) -> None:
+    """low < value < high; `what` says so in words. As comparisons alone, so that torch.compile may make value vary."""
+    if not (is_number(value) and low < value < high):
+        raise ValueError(f"{op}: {name} must be {what}, got {value!r}")
 
 
 def check_positive(op: str, name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{op}: {name} must be positive and finite, got {value}")
+    check_between(op, name, value, 0.0, math.inf, "positive and finite")
+
+
+def check_beta(op: str, beta: float | Tensor) -> None:
+    """A positive number, or a scalar tensor, whose value is not looked at: on a GPU that would wait for the device."""
+    if isinstance(beta, Tensor):
+        if beta.dim() or not beta.dtype.is_floating_point:
+            raise ValueError(
+                f"{op}: a beta in a tensor must be a floating scalar, got {beta.dtype} {tuple(beta.shape)}"
+            )
+    else:
+        check_positive(op, "beta", beta)
+
+
+def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_tensor(op: str, name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
 
 
 def check_floating(op: str, name: str, x: Tensor) -> None:
+    check_tensor(op, name, x)
     if not x.dtype.is_floating_point:
         raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")
 
@@ -58,8 +113,8 @@ def check_rewards(op: str, reward_w: Tensor, reward_l: Tensor) -> None:
 
 
 def check_label_smoothing(op: str, label_smoothing: float) -> None:
-    if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(f"{op}: label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    if not (is_number(label_smoothing) and 0.0 <= label_smoothing < 0.5):
+        raise ValueError(f"{op}: label_smoothing must be in [0, 0.5), got {label_smoothing!r}")
 
 
 def check_contrasts(
@@ -73,14 +128,13 @@ def check_contrasts(
 ) -> None:
     """Rewards, embeddings and groups of a contrast matrix fit together."""
     check_rewards(op, reward_w, reward_l)
-    if weight not in WEIGHTS:
-        raise ValueError(f"{op}: weight must be one of {', '.join(WEIGHTS)}, got {weight!r}")
+    check_choice(op, "weight", weight, WEIGHTS)
     m, n = reward_w.shape[0], reward_l.shape[0]
     if group_size is not None:
         if m != n:
             raise ValueError(f"{op}: group_size needs as many winners as losers, got {m} and {n}")
-        if group_size < 1 or m % group_size:
-            raise ValueError(f"{op}: group_size must divide the number of pairs, got {group_size} for {m}")
+        if not isinstance(group_size, (int, Integral)) or group_size < 1 or m % group_size:
+            raise ValueError(f"{op}: group_size must divide the number of pairs, got {group_size!r} for {m}")
     if weight == "uniform":
         return
     if emb_w is None or emb_l is None:
@@ -105,9 +159,11 @@ def check_rows(op: str, name: str, x: Tensor) -> int:
     return rows[-1][1] if rows else x.shape[-1]
 
 
-def check_timesteps(op: str, timesteps: Tensor, alphas_cumprod: Tensor) -> None:
-    """Timesteps in [0, T). On a GPU the look would wait for the device: kernels give NaN there instead."""
-    if not timesteps.is_cuda:
-        low, high = timesteps.min().item(), timesteps.max().item()
-        if low < 0 or high >= alphas_cumprod.shape[0]:
-            raise ValueError(f"{op}: timesteps must be in [0, {alphas_cumprod.shape[0]}), got {low} to {high}")
+def check_coefficients(op: str, call: str, n_rows: int, like_name: str, like: Tensor, **coefficients: Tensor) -> None:
+    """A number a row each, in fp32 or fp64; `call` shows how the op is called."""
+    for name, x in coefficients.items():
+        check_tensor(op, name, x)
+        if x.dtype not in (float32, float64) or x.shape != (n_rows,):
+            found = f"{x.dtype} of shape {tuple(x.shape)}"
+            raise ValueError(f"{op}: {name} must be fp32 or fp64 of shape ({n_rows},) in {call}, got {found}")
+        check_device(op, name, x, like_name, like)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_device
+from .checks import check_between, check_device, check_tensor, is_number
 from .dispatch import jit, tl
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -139,6 +139,7 @@ def empty_rows_like(x: Tensor) -> Tensor:
 
 
 def check_alphas_cumprod(op: str, alphas_cumprod: Tensor, name: str, like: Tensor) -> None:
+    check_tensor(op, "alphas_cumprod", alphas_cumprod)
     if alphas_cumprod.dtype not in (torch.float32, torch.float64) or alphas_cumprod.dim() != 1:
         raise ValueError(
             f"{op}: alphas_cumprod must be an fp32 or fp64 vector, got {alphas_cumprod.dtype} of shape"
@@ -187,11 +188,10 @@ def make_step(
     """The checked settings of a step; two numbers stay numbers, else both become vectors."""
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"{op}: prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"{op}: guidance_scale must be finite, got {guidance_scale}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"{op}: eta must be in [0, 1], got {eta}")
-    if final_alpha_cumprod is not None and not 0 < final_alpha_cumprod <= 1:
+    check_between(op, "guidance_scale", guidance_scale, -math.inf, math.inf, "finite")
+    if not (is_number(eta) and 0 <= eta <= 1):
+        raise ValueError(f"{op}: eta must be in [0, 1], got {eta!r}")
+    if final_alpha_cumprod is not None and not (is_number(final_alpha_cumprod) and 0 < final_alpha_cumprod <= 1):
         raise ValueError(f"{op}: final_alpha_cumprod must be in (0, 1], got {final_alpha_cumprod}")
     final_alpha = FIRST_ALPHA if final_alpha_cumprod is None else float(final_alpha_cumprod)
     settings = (float(guidance_scale), float(eta), final_alpha, prediction_type == "v_prediction")
@@ -200,6 +200,6 @@ def make_step(
         t_rows = _timestep_rows(op, "t", t, n_rows, device)
         t_prev_rows = _timestep_rows(op, "t_prev", t_prev, n_rows, device)
         return Step(t_rows, t_prev_rows, PER_ROW, 0, *settings)
-    if not (0 <= t < alphas_cumprod.shape[0] and t_prev < t):
-        raise ValueError(f"{op}: needs t_prev < t and t in [0, {alphas_cumprod.shape[0]}), got {t} and {t_prev}")
+    if not (is_number(t) and is_number(t_prev) and 0 <= t < alphas_cumprod.shape[0] and t_prev < t):
+        raise ValueError(f"{op}: needs t_prev < t and t in [0, {alphas_cumprod.shape[0]}), got {t!r} and {t_prev!r}")
     return Step(None, None, t, t_prev, *settings)

@@ -5,28 +5,34 @@ Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011), se
 
 from __future__ import annotations
 
+from numbers import Integral
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_tensor
 from .philox_torch import MASK, key_words, philox4x32
 
-PURPOSES = {
-    "noise": 0,
-    "timestep": 1,
-    "flip": 2,
-    "posterior": 3,
-    "caption": 4,
-    "permutation": 5,
-    "sample": 6,
-    "init": 7,
-    "label": 8,
-    "candidate": 9,
-    "choice": 10,
-    "rounding": 11,
-}
+Purpose = Literal[
+    "noise",
+    "timestep",
+    "flip",
+    "posterior",
+    "caption",
+    "permutation",
+    "sample",
+    "init",
+    "label",
+    "candidate",
+    "choice",
+    "rounding",
+]
+PURPOSES: dict[str, int] = {name: number for number, name in enumerate(get_args(Purpose))}
 
 
 def check_keys(op: str, keys: Tensor) -> None:
+    check_tensor(op, "keys", keys)
     if keys.dtype != torch.int64 or keys.dim() != 1:
         raise ValueError(f"{op}: keys must be an int64 vector, got {keys.dtype} of shape {tuple(keys.shape)}")
     if keys.numel() == 0:
@@ -34,11 +40,11 @@ def check_keys(op: str, keys: Tensor) -> None:
 
 
 def _check_word(name: str, value: int, bits: int) -> None:
-    if not 0 <= value < 1 << bits:
-        raise ValueError(f"derive_keys: {name} must be in [0, 2^{bits}), got {value}")
+    if not isinstance(value, (int, Integral)) or not 0 <= value < 1 << bits:
+        raise ValueError(f"derive_keys: {name} must be a number in [0, 2^{bits}), got {value!r}")
 
 
-def derive_keys(seed: int, epoch: int | Tensor, ids: Tensor, draw: int, purpose: str | int) -> Tensor:
+def derive_keys(seed: int, epoch: int | Tensor, ids: Tensor, draw: int, purpose: Purpose | int) -> Tensor:
     """64-bit Philox keys of (seed, epoch, id, draw, purpose), from which all randomness of a run follows.
 
     seed: 64 bits.
@@ -52,13 +58,13 @@ def derive_keys(seed: int, epoch: int | Tensor, ids: Tensor, draw: int, purpose:
     Raises ValueError for a value out of range.
     """
     if isinstance(purpose, str):
-        if purpose not in PURPOSES:
-            raise ValueError(f"derive_keys: purpose must be one of {', '.join(PURPOSES)}, got {purpose!r}")
+        check_choice("derive_keys", "purpose", purpose, tuple(PURPOSES))
         purpose = PURPOSES[purpose]
+    check_tensor("derive_keys", "ids", ids)
     if ids.dtype != torch.int64:
         raise ValueError(f"derive_keys: ids must be int64, got {ids.dtype}")
-    if not -(1 << 63) <= seed < 1 << 64:
-        raise ValueError(f"derive_keys: seed must fit 64 bits, got {seed}")
+    if not isinstance(seed, (int, Integral)) or not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"derive_keys: seed must fit 64 bits, got {seed!r}")
     _check_word("draw", draw, 24)
     _check_word("purpose", purpose, 8)
     if isinstance(epoch, Tensor):

@@ -32,7 +32,8 @@ class Operator:
         return fake
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-        """Give the op its gradient, of the first order only."""
+        """Give the op its gradient, of the first order: a second derivative raises RuntimeError."""
+        backward = _first_order(self.label, backward)
         self.registered.register_autograd(backward, setup_context=setup_context)
         self._function = _function(self.label, self.plain, backward, setup_context)
 
@@ -50,6 +51,38 @@ class Operator:
             # an op without a gradient says so when somebody asks for it
             form = self.registered if self._function is None else self._function.apply
         return torch.profiler.record_function(self.label)(form) if torch.autograd._profiler_enabled() else form
+
+
+class _Last(torch.autograd.Function):
+    """The gradients `tensors[:count]`, which nobody may differentiate with respect to the other tensors or at all."""
+
+    @staticmethod
+    def forward(label: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if x is None else x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.label = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{ctx.label} has no second derivative; its gradient is made of kernels that have none")
+
+
+def _first_order(label: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward, whose results say that they cannot be differentiated where somebody tries (create_graph=True)."""
+
+    def once(ctx: Any, *grads: Any) -> Any:
+        again = torch.is_grad_enabled()
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not again:
+            return found
+        gradients = (found,) if isinstance(found, Tensor) else found
+        # the results require a gradient where what they depend on does: what came in, and what the op has saved
+        return _Last.apply(label, len(gradients), *gradients, *grads, *ctx.saved_tensors)
+
+    return once
 
 
 def _function(

@@ -35,6 +35,14 @@ class Rewards(NamedTuple):
     scale: float = 1.0
 
 
+def times_beta(reward_w: Tensor, reward_l: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor, float]:
+    """Rewards and beta as an op takes them: a beta in a tensor has multiplied the rewards and is 1."""
+    if isinstance(beta, Tensor):
+        beta = beta.detach()
+        return reward_w * beta, reward_l * beta, 1.0
+    return reward_w, reward_l, float(beta)
+
+
 def chunk_block(n_chunks: int) -> int:
     """BLOCK_CHUNKS: 1 for rewards that are there already."""
     return 16 if n_chunks > 1 else 1

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from torch import Size, Tensor, contiguous_format, empty, empty_like, int64
 from torch import dtype as DType
 
-from ..common.checks import check_batch, check_device, check_elements, check_like
+from ..common.checks import check_batch, check_device, check_elements, check_like, check_tensor
 from ..common.ddim import (
     STEP_SCHEMA,
     Step,
@@ -150,6 +150,7 @@ def ddim_pool_step(
     """
     op = "ddim_pool_step"
     _check_predictions(op, x_t, eps_cond, eps_uncond)
+    check_tensor(op, "keys", keys)
     if keys.dtype != int64 or keys.dim() != 2 or keys.shape[0] != x_t.shape[0]:
         raise ValueError(
             f"{op}: keys must be int64 of shape ({x_t.shape[0]}, K), got {keys.dtype} of shape {tuple(keys.shape)}"

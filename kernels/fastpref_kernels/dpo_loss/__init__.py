@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from torch import Tensor, empty_like, ones_like, promote_types
 
-from ..common.checks import check_label_smoothing, check_positive, check_rewards
+from ..common.checks import check_beta, check_label_smoothing, check_rewards
 from ..common.dispatch import accumulation_dtype, use_triton
 from ..common.operator import operator
-from ..common.pairwise import PairwiseLoss, Rewards, register_stored_gradients
+from ..common.pairwise import PairwiseLoss, Rewards, register_stored_gradients, times_beta
 from ..common.rows import share_won
 from .torch import dpo_loss as torch_path
 from .triton import launch
@@ -49,11 +49,12 @@ def _(reward_w, reward_l, beta, label_smoothing):
 register_stored_gradients(_dpo_loss, first=2, n_inputs=4)
 
 
-def dpo_loss(reward_w: Tensor, reward_l: Tensor, *, beta: float, label_smoothing: float = 0.0) -> PairwiseLoss:
+def dpo_loss(reward_w: Tensor, reward_l: Tensor, *, beta: float | Tensor, label_smoothing: float = 0.0) -> PairwiseLoss:
     """-mean_i log sigmoid(beta/2 * (reward_w_i - reward_l_i)), label-smoothed.
 
     reward_w, reward_l: (N,) implicit rewards of winners and losers; half precision is upcast.
-    beta: > 0, for rewards that are means over C*H*W (5000 in Diffusion-DPO's public launchers).
+    beta: > 0, for rewards that are means over C*H*W (5000 in Diffusion-DPO's public launchers). A number, or a scalar
+        tensor, whose value is not checked and which multiplies the rewards before the op.
     label_smoothing: in [0, 0.5), the assumed share of flipped labels.
 
     Returns `PairwiseLoss(loss, effective_contrasts = 1, accuracy)`, fp32 (fp64 if a reward is fp64). NaN in a reward
@@ -63,10 +64,11 @@ def dpo_loss(reward_w: Tensor, reward_l: Tensor, *, beta: float, label_smoothing
     """
     op = "dpo_loss"
     check_rewards(op, reward_w, reward_l)
-    check_positive(op, "beta", beta)
+    check_beta(op, beta)
     if reward_w.shape != reward_l.shape:
         raise ValueError(f"{op}: reward_w has shape {tuple(reward_w.shape)}, reward_l has {tuple(reward_l.shape)}")
     check_label_smoothing(op, label_smoothing)
     dtype = accumulation_dtype(promote_types(reward_w.dtype, reward_l.dtype))
-    loss, accuracy, _, _ = _dpo_loss(reward_w.to(dtype), reward_l.to(dtype), float(beta), float(label_smoothing))
+    *rewards, beta = times_beta(reward_w.to(dtype), reward_l.to(dtype), beta)
+    loss, accuracy, _, _ = _dpo_loss(*rewards, beta, float(label_smoothing))
     return PairwiseLoss(loss, ones_like(accuracy), accuracy.detach())

@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import Tensor, is_grad_enabled
 
-from ..common.checks import check_device, check_floating
+from ..common.checks import check_device, check_floating, check_tensor
 from ..common.dispatch import accumulation_dtype, use_triton
 from ..common.memory_format import empty_dense, is_channels_last, layout
 from ..common.operator import operator
@@ -140,6 +140,7 @@ def group_norm_silu(
     Raises ValueError for shapes, dtypes, devices or strides that do not fit.
     Source: Group normalization, arXiv 1803.08494; SiLU, arXiv 1606.08415.
     """
+    check_tensor("group_norm_silu", "input", input)
     if weight is None or bias is None:
         dtype = next((x.dtype for x in (weight, bias) if x is not None), input.dtype)
         weight = input.new_ones(input.shape[1:2], dtype=dtype) if weight is None else weight

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, empty_like
 
-from ..common.checks import check_batch, check_device, check_floating, check_like, check_timesteps
+from ..common.checks import check_batch, check_device, check_floating, check_like, renewed
 from ..common.dispatch import accumulation_dtype, use_triton
 from ..common.operator import operator
 from . import torch as torch_path
@@ -42,29 +42,27 @@ class ImplicitReward(NamedTuple):
 
 @operator(
     "implicit_reward",
-    "(Tensor pred, Tensor? target, Tensor? keys, Tensor? timesteps, Tensor? alphas_cumprod, Tensor? ref_pred,"
+    "(Tensor pred, Tensor? target, Tensor? keys, Tensor? p, Tensor? q, Tensor? ref_pred,"
     " Tensor? ref_error, bool cross) -> (Tensor, Tensor, Tensor)",
 )
 def _implicit_reward(
     pred: Tensor,
     target: Tensor | None,
     keys: Tensor | None,
-    timesteps: Tensor | None,
-    alphas_cumprod: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
     ref_pred: Tensor | None,
     ref_error: Tensor | None,
     cross: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    source = Source(target, keys, timesteps, alphas_cumprod)
-    if timesteps is not None and alphas_cumprod is not None:
-        check_timesteps("implicit_reward", timesteps, alphas_cumprod)
+    source = Source(target, keys, p, q)
     if use_triton(pred):
         return launch_forward(pred, source, ref_pred, ref_error, cross)
     return torch_path.forward(pred, with_device_noise(source, pred), ref_pred, ref_error, cross)
 
 
 @_implicit_reward.register_fake
-def _(pred, target, keys, timesteps, alphas_cumprod, ref_pred, ref_error, cross):
+def _(pred, target, keys, p, q, ref_pred, ref_error, cross):
     rows = pred.shape[0]
     sizes = (rows, rows, rows // 2 if cross else 0)
     return tuple(pred.new_empty(size, dtype=accumulation_dtype(pred.dtype)) for size in sizes)
@@ -72,8 +70,7 @@ def _(pred, target, keys, timesteps, alphas_cumprod, ref_pred, ref_error, cross)
 
 @operator(
     "implicit_reward_backward",
-    "(Tensor grad, Tensor? factor, Tensor pred, Tensor? target, Tensor? keys, Tensor? timesteps,"
-    " Tensor? alphas_cumprod) -> Tensor",
+    "(Tensor grad, Tensor? factor, Tensor pred, Tensor? target, Tensor? keys, Tensor? p, Tensor? q) -> Tensor",
 )
 def implicit_reward_backward(
     grad: Tensor,
@@ -81,18 +78,18 @@ def implicit_reward_backward(
     pred: Tensor,
     target: Tensor | None,
     keys: Tensor | None,
-    timesteps: Tensor | None,
-    alphas_cumprod: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
 ) -> Tensor:
     """The gradient of sum(grad * reward) * factor with respect to pred; grad (N,), factor a scalar."""
-    source = Source(target, keys, timesteps, alphas_cumprod)
+    source = Source(target, keys, p, q)
     if use_triton(pred):
         return launch_backward(grad, factor, pred, source)
     return torch_path.backward(grad if factor is None else grad * factor, pred, with_device_noise(source, pred))
 
 
 @implicit_reward_backward.register_fake
-def _(grad, factor, pred, target, keys, timesteps, alphas_cumprod):
+def _(grad, factor, pred, target, keys, p, q):
     return empty_like(pred)
 
 
@@ -124,11 +121,12 @@ def check_reference(op: str, pred: Tensor, ref_pred: Tensor | None, ref_error: T
             raise ValueError(f"{op}: ref_error must have shape ({pred.shape[0]},), got {tuple(ref_error.shape)}")
 
 
+@renewed("implicit_reward_parts(pred, target, *, ref_pred=None, ref_error=None, cross=False)", 2)
 def implicit_reward_parts(
     pred: Tensor,
     target: Target,
-    ref_pred: Tensor | None = None,
     *,
+    ref_pred: Tensor | None = None,
     ref_error: Tensor | None = None,
     cross: bool = False,
 ) -> ImplicitReward:
@@ -151,21 +149,21 @@ def implicit_reward_parts(
     return ImplicitReward(reward, error.detach(), inner.detach() if cross else None)
 
 
+@renewed("implicit_reward(pred, target, *, ref_pred=None, ref_error=None)", 2)
 def implicit_reward(
-    pred: Tensor, target: Target, ref_pred: Tensor | None = None, *, ref_error: Tensor | None = None
+    pred: Tensor, target: Target, *, ref_pred: Tensor | None = None, ref_error: Tensor | None = None
 ) -> Tensor:
     """How much better the policy denoises each sample than the reference: err_ref - err_theta.
 
     pred, ref_pred: (N, ...) predictions; fp16, bf16, fp32 or fp64, mixed at will, of any strides that collapse to
         three dimensions together.
     target: their common target, noise or velocity: a tensor like pred, or `KeyedNoise(keys)` or `KeyedVelocity(keys,
-        x0, timesteps, alphas_cumprod)`, which equal fp32 tensors that are never written to memory.
+        x0, p, q)`, which equal fp32 tensors that are never written to memory.
     ref_error: (N,) the reference's mean squared error, in place of ref_pred; with neither, err_ref = 0.
 
     Returns (N,) fp32, fp64 if pred is fp64; NaN in a row gives NaN for that row. The gradient goes to pred only, in
     pred's dtype and memory order.
-    Raises ValueError for an empty batch and for a shape, dtype or device that does not fit; timesteps out of range
-    raise ValueError on the CPU and give NaN rows on a GPU.
+    Raises ValueError for an empty batch, what is not a tensor, and a shape, dtype or device that does not fit.
     Source: Diffusion-DPO, arXiv 2311.12908, equation 14.
     """
-    return implicit_reward_parts(pred, target, ref_pred, ref_error=ref_error).reward
+    return implicit_reward_parts(pred, target, ref_pred=ref_pred, ref_error=ref_error).reward

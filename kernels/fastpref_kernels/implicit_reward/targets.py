@@ -6,14 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
 
-from ..common.checks import check_device, check_like
+from ..common.checks import check_coefficients, check_device, check_like, renewed
 from ..common.dispatch import jit, tl, use_triton
 from ..common.keys import check_keys
 from ..common.philox import _normals
-from ..keyed_noise.triton import launch_noise, row_scales
+from ..keyed_noise.torch import rows
+from ..keyed_noise.triton import launch_noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,20 +26,25 @@ class KeyedNoise:
     keys: Tensor
 
 
+_CALL = "KeyedVelocity(keys, x0, p, q)"
+
+
 @dataclass(frozen=True, eq=False)
 class KeyedVelocity:
-    """The target of a v prediction: sqrt(abar) * keyed_noise(keys) - sqrt(1 - abar) * x0, never written to memory.
+    """The target of a v or flow prediction: p * keyed_noise(keys) + q * x0, never written to memory.
 
-    keys, timesteps: (N,) int64, those that `add_keyed_noise` was given; x0: (N, ...) clean latents, floating.
-    alphas_cumprod: (T,) floating, abar by timestep.
+    keys: (N,) int64, those that `add_keyed_noise` was given; x0: (N, ...) clean latents, floating.
+    p, q: (N,) fp32 or fp64. v prediction: sqrt(abar) and -sqrt(1 - abar) at the row's timestep; rectified flow: 1, -1.
     Source: Salimans and Ho, Progressive distillation, arXiv 2202.00512, appendix D.
     """
 
     keys: Tensor
     x0: Tensor
-    timesteps: Tensor
-    alphas_cumprod: Tensor
+    p: Tensor
+    q: Tensor
 
+
+KeyedVelocity.__init__ = renewed(_CALL, 5, "timesteps", "alphas_cumprod")(KeyedVelocity.__init__)  # type: ignore[method-assign]
 
 Target: TypeAlias = "Tensor | KeyedNoise | KeyedVelocity"
 
@@ -49,17 +54,17 @@ class Source(NamedTuple):
 
     tensor: Tensor | None
     keys: Tensor | None = None
-    timesteps: Tensor | None = None
-    alphas_cumprod: Tensor | None = None
+    p: Tensor | None = None
+    q: Tensor | None = None
 
 
 def source_of(op: str, pred: Tensor, target: Target) -> Source:
-    """Takes a target apart. Raises TypeError for another type and ValueError for one that does not fit `pred`."""
+    """Takes a target apart. Raises ValueError for one that does not fit `pred`."""
     if isinstance(target, Tensor):
         check_like(op, "target", target, "pred", pred)
         return Source(target.detach())
     if not isinstance(target, KeyedNoise | KeyedVelocity):
-        raise TypeError(f"{op}: target must be a tensor, KeyedNoise or KeyedVelocity, got {type(target).__name__}")
+        raise ValueError(f"{op}: target must be a tensor, KeyedNoise or KeyedVelocity, got {type(target).__name__}")
     keys = target.keys
     check_keys(op, keys)
     check_device(op, "keys", keys, "pred", pred)
@@ -68,16 +73,8 @@ def source_of(op: str, pred: Tensor, target: Target) -> Source:
     if isinstance(target, KeyedNoise):
         return Source(None, keys)
     check_like(op, "x0", target.x0, "pred", pred)
-    timesteps, alphas_cumprod = target.timesteps, target.alphas_cumprod
-    if timesteps.dtype != torch.int64 or timesteps.shape != keys.shape:
-        raise ValueError(
-            f"{op}: timesteps must be int64 of shape ({keys.shape[0]},), got {timesteps.dtype} {tuple(timesteps.shape)}"
-        )
-    if alphas_cumprod.dim() != 1 or not alphas_cumprod.dtype.is_floating_point:
-        raise ValueError(f"{op}: alphas_cumprod must be a floating vector, got {tuple(alphas_cumprod.shape)}")
-    check_device(op, "timesteps", timesteps, "pred", pred)
-    check_device(op, "alphas_cumprod", alphas_cumprod, "pred", pred)
-    return Source(target.x0.detach(), keys, timesteps, alphas_cumprod.detach())
+    check_coefficients(op, _CALL, keys.shape[0], "pred", pred, p=target.p, q=target.q)
+    return Source(target.x0.detach(), keys, target.p.detach(), target.q.detach())
 
 
 def with_device_noise(source: Source, pred: Tensor) -> Source:
@@ -85,41 +82,41 @@ def with_device_noise(source: Source, pred: Tensor) -> Source:
     if source.keys is None or not use_triton(source.keys):
         return source
     noise = launch_noise(source.keys, pred.shape[1:], pred.dtype)
-    if source.timesteps is None or source.alphas_cumprod is None or source.tensor is None:
+    if source.p is None or source.q is None or source.tensor is None:
         return Source(noise)
-    abar = source.alphas_cumprod[source.timesteps].to(pred.dtype).view(-1, *[1] * (pred.dim() - 1))
-    return Source(noise.mul_(abar.sqrt()).sub_((1.0 - abar).sqrt() * source.tensor))
+    return Source(noise.mul_(rows(source.p, pred)).add_(rows(source.q, pred) * source.tensor))
 
 
 @jit
-def row_schedule(keyed, row, KEYED: tl.constexpr, VELOCITY: tl.constexpr):
-    """(key, sqrt(abar), sqrt(1 - abar)) of a row, as far as its target needs them.
+def row_coefficients(keyed, row, KEYED: tl.constexpr, VELOCITY: tl.constexpr):
+    """(key, p, q) of a row, as far as its target needs them.
 
-    keyed: (keys_ptr, timesteps_ptr, alphas_cumprod_ptr, n_timesteps).
+    keyed: (keys_ptr, p_ptr, q_ptr).
     """
     key = row
-    scale = 0.0
-    sigma = 0.0
+    p = 0.0
+    q = 0.0
     if KEYED:
         key = tl.load(keyed[0] + row)
     if VELOCITY:
-        scale, sigma = row_scales(keyed[1], keyed[2], row, keyed[3])
-    return key, scale, sigma
+        p = tl.load(keyed[1] + row).to(tl.float32)
+        q = tl.load(keyed[2] + row).to(tl.float32)
+    return key, p, q
 
 
 @jit
 def target_block(
-    target_ptr, place, mask, schedule, first, KEYED: tl.constexpr, VELOCITY: tl.constexpr, BLOCK_SIZE: tl.constexpr
+    target_ptr, place, mask, of_row, first, KEYED: tl.constexpr, VELOCITY: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):
     """BLOCK_SIZE elements of a row's target from logical offset `first`, a multiple of 4, in fp32.
 
-    place: their offsets in memory; schedule: of `row_schedule`.
+    place: their offsets in memory; of_row: `row_coefficients`.
     """
     if KEYED:
-        noise = _normals(schedule[0], first // 4, BLOCK_SIZE // 4)
+        noise = _normals(of_row[0], first // 4, BLOCK_SIZE // 4)
         if VELOCITY:
             x0 = tl.load(target_ptr + place, mask=mask, other=0.0).to(tl.float32)
-            return schedule[1] * noise - schedule[2] * x0
+            return of_row[1] * noise + of_row[2] * x0
         else:
             return noise
     else:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..common.dispatch import accumulation_dtype
 from ..common.rows import row_chunks, sum_rows
-from ..keyed_noise.torch import keyed_noise, schedule
+from ..keyed_noise.torch import keyed_noise
+from ..keyed_noise.torch import rows as as_rows
 from .targets import Source
 
 _CHUNK = 1 << 17  # elements of a chunk; its few fp32 temporaries stay in the L2 cache
@@ -30,10 +31,10 @@ def _target(source: Source, rows: slice, like: Tensor) -> Tensor:
         return source.tensor[rows]
     dtype = accumulation_dtype(like.dtype)
     noise = keyed_noise(source.keys[rows], like.shape[1:], torch.float32).to(dtype)
-    if source.tensor is None or source.timesteps is None or source.alphas_cumprod is None:
+    if source.tensor is None or source.p is None or source.q is None:
         return noise
-    scale, sigma = schedule(source.timesteps[rows], source.alphas_cumprod, like)
-    return noise.mul_(scale).sub_(source.tensor[rows].to(dtype) * sigma)
+    p, q = as_rows(source.p[rows], like), as_rows(source.q[rows], like)
+    return noise.mul_(p).add_(source.tensor[rows].to(dtype) * q)
 
 
 def forward(

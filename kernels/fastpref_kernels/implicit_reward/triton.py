@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common.dispatch import jit, tl
 from ..common.strides import address, layout_of
-from .targets import Source, row_schedule, target_block
+from .targets import Source, row_coefficients, target_block
 
 _FEW, _MANY = 66, 1024  # chunks of a row: two rows fill 132 multiprocessors; one block of the second stage holds them
 
@@ -42,12 +42,12 @@ def chunk_sums(
 ):
     """A chunk of a row: the reference's squared error minus the policy's, the policy's, delta_w * delta_l; three sums.
 
-    keyed: as in `row_schedule`; sizes and strides: as in `address`.
+    keyed: as in `row_coefficients`; sizes and strides: as in `address`.
     """
-    schedule = row_schedule(keyed, row, KEYED, VELOCITY)
+    of_row = row_coefficients(keyed, row, KEYED, VELOCITY)
     is_winner = row < n_pairs
     loser = tl.where(is_winner, row + n_pairs, row)
-    schedule_l = row_schedule(keyed, loser, KEYED and CROSS, VELOCITY and CROSS)
+    of_loser = row_coefficients(keyed, loser, KEYED and CROSS, VELOCITY and CROSS)
     reward = tl.zeros((BLOCK_SIZE,), tl.float32)
     error = tl.zeros((BLOCK_SIZE,), tl.float32)
     cross = tl.zeros((BLOCK_SIZE,), tl.float32)
@@ -57,7 +57,7 @@ def chunk_sums(
         mask = (offset < n_elements) & (offset < start + chunk_size)  # not a minimum: both bounds are multiples of 16
         p = tl.load(pred_ptr + address(offset, row, sizes, pred_strides, STRIDED), mask=mask, other=0.0).to(tl.float32)
         place = address(offset, row, sizes, target_strides, STRIDED)
-        t = target_block(target_ptr, place, mask, schedule, first, KEYED, VELOCITY, BLOCK_SIZE)
+        t = target_block(target_ptr, place, mask, of_row, first, KEYED, VELOCITY, BLOCK_SIZE)
         delta = tl.where(mask, p - t, 0.0)
         error += delta * delta
         if HAS_REF:
@@ -69,7 +69,7 @@ def chunk_sums(
             place = address(offset, loser, sizes, pred_strides, STRIDED)
             p_l = tl.load(pred_ptr + place, mask=in_pair, other=0.0).to(tl.float32)
             place = address(offset, loser, sizes, target_strides, STRIDED)
-            t_l = target_block(target_ptr, place, in_pair, schedule_l, first, KEYED, VELOCITY, BLOCK_SIZE)
+            t_l = target_block(target_ptr, place, in_pair, of_loser, first, KEYED, VELOCITY, BLOCK_SIZE)
             cross += delta * (p_l - t_l)
     return tl.sum(reward, axis=0), tl.sum(error, axis=0), tl.sum(cross, axis=0)
 
@@ -80,14 +80,13 @@ def _implicit_reward_chunk_kernel(
     target_ptr,
     ref_ptr,
     keys_ptr,
-    timesteps_ptr,
-    alphas_ptr,
+    p_ptr,
+    q_ptr,
     partial_ptr,
     n_rows,
     n_chunks,
     n_elements,
     chunk_size,
-    n_timesteps,
     size_1,
     size_2,
     pred_row,
@@ -115,7 +114,7 @@ def _implicit_reward_chunk_kernel(
         pred_ptr,
         target_ptr,
         ref_ptr,
-        (keys_ptr, timesteps_ptr, alphas_ptr, n_timesteps),
+        (keys_ptr, p_ptr, q_ptr),
         program // n_chunks,
         program % n_chunks,
         n_rows // 2,
@@ -184,15 +183,14 @@ def _implicit_reward_bwd_kernel(
     target_ptr,
     out_ptr,
     keys_ptr,
-    timesteps_ptr,
-    alphas_ptr,
+    p_ptr,
+    q_ptr,
     grad_ptr,
     factor_ptr,
     n_chunks,
     grad_stride,
     n_elements,
     chunk_size,
-    n_timesteps,
     size_1,
     size_2,
     pred_row,
@@ -217,7 +215,7 @@ def _implicit_reward_bwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     row = program // n_chunks
     sizes = (size_1, size_2)
-    schedule = row_schedule((keys_ptr, timesteps_ptr, alphas_ptr, n_timesteps), row, KEYED, VELOCITY)
+    of_row = row_coefficients((keys_ptr, p_ptr, q_ptr), row, KEYED, VELOCITY)
     scale = tl.load(grad_ptr + row * grad_stride).to(tl.float32) * (-2.0 / tl.cast(n_elements, tl.float32))
     if HAS_FACTOR:
         scale *= tl.load(factor_ptr)
@@ -228,7 +226,7 @@ def _implicit_reward_bwd_kernel(
         place = address(offset, row, sizes, (pred_row, pred_0, pred_1, pred_2), STRIDED)
         p = tl.load(pred_ptr + place, mask=mask, other=0.0).to(tl.float32)
         place = address(offset, row, sizes, (target_row, target_0, target_1, target_2), STRIDED)
-        t = target_block(target_ptr, place, mask, schedule, first, KEYED, VELOCITY, BLOCK_SIZE)
+        t = target_block(target_ptr, place, mask, of_row, first, KEYED, VELOCITY, BLOCK_SIZE)
         place = address(offset, row, sizes, (out_row, out_0, out_1, out_2), STRIDED)
         tl.store(out_ptr + place, (scale * (p - t)).to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -259,7 +257,7 @@ def block_chunks(n_chunks: int) -> int:
 class Arguments(NamedTuple):
     """What the forward and the backward kernel are given alike."""
 
-    pointers: tuple[Tensor, ...]  # pred, target, third, keys, timesteps, alphas_cumprod
+    pointers: tuple[Tensor, ...]  # pred, target, third, keys, p, q
     numbers: tuple[int, ...]  # n_elements, chunk_size, ... to the last stride
     flags: dict[str, Any]
     n_chunks: int
@@ -272,14 +270,13 @@ def arguments(pred: Tensor, source: Source, third: Tensor | None, cross: bool = 
     layout = layout_of("implicit_reward", pred, source.tensor, third)
     keyed = [None if x is None else x.contiguous() for x in source[1:]]
     pointers = (pred, source.tensor, third, *keyed)
-    n_timesteps = 0 if source.alphas_cumprod is None else source.alphas_cumprod.shape[0]
     flags = {
         "KEYED": source.keys is not None,
-        "VELOCITY": source.timesteps is not None,
+        "VELOCITY": source.p is not None,
         "STRIDED": not layout.flat,
         **block(chunk_size, not layout.flat, cross),
     }
-    numbers = (n_elements, chunk_size, n_timesteps, *layout.sizes, *(s for row in layout.strides for s in row))
+    numbers = (n_elements, chunk_size, *layout.sizes, *(s for row in layout.strides for s in row))
     return Arguments(tuple(pred if x is None else x for x in pointers), numbers, flags, n_chunks)
 
 

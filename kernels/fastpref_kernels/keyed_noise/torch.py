@@ -74,23 +74,20 @@ def keyed_noise(keys: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tenso
     return out
 
 
-def schedule(timesteps: Tensor, alphas_cumprod: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(abar) and sqrt(1 - abar) of each row, (N, 1, ...) to broadcast with `like`, in its accumulation dtype."""
-    dtype = accumulation_dtype(like.dtype)
-    abar = alphas_cumprod[timesteps].to(torch.promote_types(alphas_cumprod.dtype, dtype))
-    abar = abar.view(-1, *[1] * (like.dim() - 1))
-    return abar.sqrt().to(dtype), (1.0 - abar).sqrt().to(dtype)
+def rows(x: Tensor, like: Tensor) -> Tensor:
+    """Coefficients (N,) as (N, 1, ...), to broadcast with `like`, in its accumulation dtype."""
+    return x.to(accumulation_dtype(like.dtype)).view(-1, *[1] * (like.dim() - 1))
 
 
-def add_keyed_noise(x0: Tensor, keys: Tensor, scale: Tensor, sigma: Tensor) -> Tensor:
-    """scale[n] * x0[n] + sigma[n] * noise of keys[n], contiguous, in x0's dtype."""
-    scale, sigma = scale.view(-1, 1), sigma.view(-1, 1)
+def add_keyed_noise(x0: Tensor, keys: Tensor, a: Tensor, s: Tensor) -> Tensor:
+    """a[n] * x0[n] + s[n] * noise of keys[n], contiguous, in x0's dtype."""
     dtype = accumulation_dtype(x0.dtype)
+    scale, sigma = a.to(dtype).view(-1, 1), s.to(dtype).view(-1, 1)
     out = torch.empty_like(x0, memory_format=torch.contiguous_format)
     flat, clean = out.view(x0.shape[0], -1), x0.reshape(x0.shape[0], -1)
-    for rows, first, blocks in _tiles(flat.shape[0], -(-flat.shape[1] // 4)):
+    for some, first, blocks in _tiles(flat.shape[0], -(-flat.shape[1] // 4)):
         columns = slice(4 * first, 4 * (first + blocks))
-        place = flat[rows, columns]
-        noise = normals(keys[rows], first, blocks)[:, : place.shape[1]].to(dtype).mul_(sigma[rows])
-        place.copy_(clean[rows, columns].to(dtype).mul(scale[rows]).add_(noise))
+        place = flat[some, columns]
+        noise = normals(keys[some], first, blocks)[:, : place.shape[1]].to(dtype).mul_(sigma[some])
+        place.copy_(clean[some, columns].to(dtype).mul(scale[some]).add_(noise))
     return out

@@ -27,23 +27,14 @@ def _keyed_noise_kernel(keys_ptr, out_ptr, n_elements, n_chunks, BLOCK_SIZE: tl.
 
 
 @jit
-def row_scales(timesteps_ptr, alphas_cumprod_ptr, row, n_timesteps):
-    """(sqrt(abar), sqrt(1 - abar)) of a row, fp32; NaN where the timestep is outside [0, n_timesteps)."""
-    t = tl.load(timesteps_ptr + row)
-    abar = tl.load(alphas_cumprod_ptr + t, mask=(t >= 0) & (t < n_timesteps), other=float("nan")).to(tl.float64)
-    return tl.sqrt_rn(abar.to(tl.float32)), tl.sqrt_rn((1.0 - abar).to(tl.float32))
-
-
-@jit
 def _add_keyed_noise_kernel(
     x0_ptr,
     keys_ptr,
-    timesteps_ptr,
-    alphas_cumprod_ptr,
+    a_ptr,
+    s_ptr,
     out_ptr,
     n_elements,
     n_chunks,
-    n_timesteps,
     size_1,
     size_2,
     x0_row,
@@ -54,16 +45,15 @@ def _add_keyed_noise_kernel(
     STRIDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """scale * x0 + sigma * noise, a program per row and chunk; BACKWARD: scale * x0, where x0 is the gradient."""
+    """a * x0 + s * noise, a program per row and chunk; BACKWARD: a * x0, where x0 is the gradient."""
     row = tl.program_id(0).to(tl.int64) // n_chunks
     first = tl.program_id(0).to(tl.int64) % n_chunks * BLOCK_SIZE
     offset = first * 4 + tl.arange(0, 4 * BLOCK_SIZE)
     mask = offset < n_elements
     place = address(offset, row, (size_1, size_2), (x0_row, x0_0, x0_1, x0_2), STRIDED)
-    scale, sigma = row_scales(timesteps_ptr, alphas_cumprod_ptr, row, n_timesteps)
-    x_t = scale * tl.load(x0_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    x_t = tl.load(a_ptr + row).to(tl.float32) * tl.load(x0_ptr + place, mask=mask, other=0.0).to(tl.float32)
     if not BACKWARD:
-        x_t += sigma * _normals(tl.load(keys_ptr + row), first, BLOCK_SIZE)
+        x_t += tl.load(s_ptr + row).to(tl.float32) * _normals(tl.load(keys_ptr + row), first, BLOCK_SIZE)
     tl.store(out_ptr + row * n_elements + offset, x_t.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -76,7 +66,7 @@ def launch_noise(keys: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tens
     return out
 
 
-def launch_add(x0: Tensor, keys: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, *, backward: bool) -> Tensor:
+def launch_add(x0: Tensor, keys: Tensor, a: Tensor, s: Tensor, *, backward: bool) -> Tensor:
     out = torch.empty_like(x0, memory_format=torch.contiguous_format)
     n_elements = x0[0].numel()
     n_chunks = -(-n_elements // (4 * _BLOCK))
@@ -84,12 +74,11 @@ def launch_add(x0: Tensor, keys: Tensor, timesteps: Tensor, alphas_cumprod: Tens
     _add_keyed_noise_kernel[(x0.shape[0] * n_chunks,)](
         x0,
         keys.contiguous(),
-        timesteps.contiguous(),
-        alphas_cumprod.contiguous(),
+        a.contiguous(),
+        s.contiguous(),
         out,
         n_elements,
         n_chunks,
-        alphas_cumprod.shape[0],
         *layout.sizes,
         *layout.strides[0],
         BACKWARD=backward,

@@ -18,11 +18,12 @@ Source: LoRA, arXiv 2106.09685, equation 3.
 # mypy: allow-incomplete-defs, allow-untyped-defs
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, float32, float64, get_autocast_dtype, is_autocast_enabled, is_grad_enabled
 
-from ..common.checks import check_device, check_floating, check_rows
+from ..common.checks import check_between, check_device, check_floating, check_rows
 from ..common.dispatch import use_triton
 from ..common.operator import operator
 from . import torch as torch_path
@@ -99,7 +100,6 @@ _lora_linear.register_autograd(_backward, setup_context=_setup_context)
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
     op = "lora_linear"
-    check_floating(op, "x", x)
     if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1] or 0 in weight.shape:
         raise ValueError(f"{op}: weight must be (O, K) for x (..., K), got {tuple(weight.shape)} for {tuple(x.shape)}")
     (outputs, inputs), rank = weight.shape, lora_a.shape[0] if lora_a.dim() else 0
@@ -143,6 +143,11 @@ def lora_linear(
     gradient.
     Source: LoRA, arXiv 2106.09685, equation 3.
     """
+    for name, tensor in {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}.items():
+        check_floating("lora_linear", name, tensor)
+    if bias is not None:
+        check_floating("lora_linear", "bias", bias)
+    check_between("lora_linear", "scale", scale, -math.inf, math.inf, "finite")
     if is_autocast_enabled(x.device.type) and x.dtype != float64:
         dtype = get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

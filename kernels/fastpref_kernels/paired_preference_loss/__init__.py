@@ -14,17 +14,29 @@ Source: Diffusion-DPO, arXiv 2311.12908, equation 14; Diffusion-RPO, arXiv 2406.
 # mypy: allow-incomplete-defs, allow-untyped-defs
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from ..common.checks import check_contrasts, check_label_smoothing, check_positive, check_timesteps
+from ..common.checks import (
+    Weight,
+    check_beta,
+    check_choice,
+    check_contrasts,
+    check_label_smoothing,
+    check_positive,
+    renewed,
+)
 from ..common.dispatch import accumulation_dtype, use_triton
 from ..common.operator import operator
-from ..implicit_reward import check_reference, implicit_reward_backward
+from ..dpo_loss import dpo_loss
+from ..implicit_reward import check_reference, implicit_reward_backward, implicit_reward_parts
 from ..implicit_reward.targets import Source, Target, source_of, with_device_noise
+from ..rpo_loss import rpo_loss
 from . import torch as torch_path
 from .triton import launch
+
+Kind = Literal["dpo", "rpo"]
 
 
 class PairedPreferenceLoss(NamedTuple):
@@ -41,7 +53,7 @@ class PairedPreferenceLoss(NamedTuple):
 
 @operator(
     "paired_preference_loss",
-    "(Tensor pred, Tensor? target, Tensor? keys, Tensor? timesteps, Tensor? alphas_cumprod, Tensor? ref_pred,"
+    "(Tensor pred, Tensor? target, Tensor? keys, Tensor? p, Tensor? q, Tensor? ref_pred,"
     " Tensor? ref_error, Tensor? emb_w, Tensor? emb_l, float beta, float label_smoothing, float temperature,"
     " str weight, int groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -49,8 +61,8 @@ def _paired_preference_loss(
     pred: Tensor,
     target: Tensor | None,
     keys: Tensor | None,
-    timesteps: Tensor | None,
-    alphas_cumprod: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
     ref_pred: Tensor | None,
     ref_error: Tensor | None,
     emb_w: Tensor | None,
@@ -62,10 +74,8 @@ def _paired_preference_loss(
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `launch`; weight is "dpo" or one of `rpo_loss`."""
-    source = Source(target, keys, timesteps, alphas_cumprod)
+    source = Source(target, keys, p, q)
     settings = torch_path.Settings(beta, label_smoothing, temperature, weight, groups)
-    if timesteps is not None and alphas_cumprod is not None:
-        check_timesteps("paired_preference_loss", timesteps, alphas_cumprod)
     if use_triton(pred):
         return launch(pred, source, ref_pred, ref_error, emb_w, emb_l, settings)
     source = with_device_noise(source, pred)
@@ -73,7 +83,7 @@ def _paired_preference_loss(
 
 
 @_paired_preference_loss.register_fake
-def _(pred, target, keys, timesteps, alphas_cumprod, ref_pred, ref_error, emb_w, emb_l, *settings):
+def _(pred, target, keys, p, q, ref_pred, ref_error, emb_w, emb_l, *settings):
     rows = pred.shape[0]
     return tuple(pred.new_empty(size, dtype=accumulation_dtype(pred.dtype)) for size in ((), (), (), rows, rows))
 
@@ -98,43 +108,42 @@ def _check_kind(
     group_size: int | None, label_smoothing: float,
 ) -> None:  # fmt: skip
     op = "paired_preference_loss"
+    check_choice(op, "kind", kind, get_args(Kind))
     if kind == "dpo":
         check_label_smoothing(op, label_smoothing)
         given = {"emb_w": emb_w, "emb_l": emb_l, "temperature": temperature, "group_size": group_size}
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{op}: {name} needs kind='rpo'")
-    elif kind == "rpo":
+    else:
         check_contrasts(op, rewards, rewards, emb_w, emb_l, weight, group_size)
         if label_smoothing:
             raise ValueError(f"{op}: label_smoothing needs kind='dpo'")
         if temperature is None and weight != "uniform":
             raise ValueError(f"{op}: kind='rpo' needs a temperature")
         check_positive(op, "temperature", 1.0 if temperature is None else temperature)
-    else:
-        raise ValueError(f"{op}: kind must be 'dpo' or 'rpo', got {kind!r}")
 
 
+@renewed("paired_preference_loss(pred, target, *, beta, ref_pred=None, ref_error=None, kind='dpo', ...)", 2)
 def paired_preference_loss(
     pred: Tensor,
-    ref_pred: Tensor | None,
     target: Target,
     *,
-    beta: float,
-    kind: str = "dpo",
+    beta: float | Tensor,
+    ref_pred: Tensor | None = None,
     ref_error: Tensor | None = None,
+    kind: Kind = "dpo",
     label_smoothing: float = 0.0,
     emb_w: Tensor | None = None,
     emb_l: Tensor | None = None,
     temperature: float | None = None,
-    weight: str = "outside",
+    weight: Weight = "outside",
     group_size: int | None = None,
 ) -> PairedPreferenceLoss:
     """DPO or RPO of a stacked prediction [N winners; N losers], in at most four kernel launches with the backward.
 
-    pred, ref_pred, target, ref_error: as in `implicit_reward`, 2N rows; row i and row N + i are a pair. ref_pred may be
-        None with ref_error, or without a reference at all.
-    beta: > 0, for rewards that are means over C*H*W.
+    pred, target, ref_pred, ref_error: as in `implicit_reward`, 2N rows; row i and row N + i are a pair.
+    beta: > 0, for rewards that are means over C*H*W; as a scalar tensor (`dpo_loss`) it costs three launches more.
     kind: "dpo" (label_smoothing in [0, 0.5)) or "rpo".
     emb_w, emb_l (N, D), temperature, weight, group_size: of "rpo" only, as in `rpo_loss`; weight="uniform" needs
         neither embeddings nor a temperature.
@@ -150,12 +159,28 @@ def paired_preference_loss(
     if pred.shape[0] % 2:
         raise ValueError(f"{op}: pred must be [winners; losers], an even number of rows, got {pred.shape[0]}")
     source = source_of(op, pred, target)
-    check_positive(op, "beta", beta)
+    check_beta(op, beta)
     n_pairs = pred.shape[0] // 2
     rewards = pred[(slice(n_pairs), *[0] * (pred.dim() - 1))]  # one number a pair: only its shape and device are read
     _check_kind(kind, rewards, emb_w, emb_l, temperature, weight, group_size, label_smoothing)
     if weight == "uniform" and kind == "rpo":
         emb_w = emb_l = None
+    if isinstance(beta, Tensor):
+        reward = implicit_reward_parts(pred, target, ref_pred=ref_pred, ref_error=ref_error).reward
+        pairs = reward[:n_pairs], reward[n_pairs:]
+        if kind == "dpo":
+            found = dpo_loss(*pairs, beta=beta, label_smoothing=label_smoothing)
+        else:
+            found = rpo_loss(
+                *pairs,
+                emb_w,
+                emb_l,
+                beta=beta,
+                temperature=1.0 if temperature is None else temperature,
+                weight=weight,
+                group_size=group_size,
+            )
+        return PairedPreferenceLoss(*found, reward.detach())
     detached = [None if x is None else x.detach() for x in (ref_pred, ref_error, emb_w, emb_l)]
     loss, effective, accuracy, reward, _ = _paired_preference_loss(
         pred,

@@ -24,10 +24,10 @@ from __future__ import annotations
 
 from torch import Tensor, empty_like, promote_types
 
-from ..common.checks import check_contrasts, check_positive
+from ..common.checks import Weight, check_beta, check_contrasts, check_positive
 from ..common.dispatch import accumulation_dtype, use_triton
 from ..common.operator import operator
-from ..common.pairwise import PairwiseLoss, Rewards, register_stored_gradients
+from ..common.pairwise import PairwiseLoss, Rewards, register_stored_gradients, times_beta
 from .torch import accuracy
 from .torch import rpo_loss as torch_path
 from .triton import Similarity, launch, launch_norms
@@ -78,9 +78,9 @@ def rpo_loss(
     emb_w: Tensor | None,
     emb_l: Tensor | None,
     *,
-    beta: float,
+    beta: float | Tensor,
     temperature: float,
-    weight: str = "outside",
+    weight: Weight = "outside",
     group_size: int | None = None,
 ) -> PairwiseLoss:
     """Every winner against every loser of its contrast group, weighted by the similarity of their embeddings.
@@ -102,12 +102,11 @@ def rpo_loss(
     Source: Diffusion-RPO, arXiv 2406.06382.
     """
     check_contrasts("rpo_loss", reward_w, reward_l, emb_w, emb_l, weight, group_size)
-    check_positive("rpo_loss", "beta", beta)
+    check_beta("rpo_loss", beta)
     check_positive("rpo_loss", "temperature", temperature)
     dtype = accumulation_dtype(promote_types(reward_w.dtype, reward_l.dtype))
     groups = 1 if group_size is None else reward_w.shape[0] // group_size
     embeddings = (None, None) if emb_w is None or emb_l is None else (emb_w.detach(), emb_l.detach())
-    loss, effective, accuracy, _, _ = _rpo_loss(
-        reward_w.to(dtype), reward_l.to(dtype), *embeddings, float(beta), float(temperature), weight, groups
-    )
+    *rewards, beta = times_beta(reward_w.to(dtype), reward_l.to(dtype), beta)
+    loss, effective, accuracy, _, _ = _rpo_loss(*rewards, *embeddings, beta, float(temperature), weight, groups)
     return PairwiseLoss(loss, effective.detach(), accuracy.detach())

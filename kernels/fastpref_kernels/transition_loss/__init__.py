@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..common.checks import check_batch, check_like, check_positive
+from ..common.checks import check_batch, check_beta, check_like, check_positive
 from ..common.ddim import (
     STEP_SCHEMA,
     Step,
@@ -59,15 +59,17 @@ class TransitionLoss(NamedTuple):
 @operator(
     "transition_loss",
     "(Tensor eps_cond, Tensor? eps_uncond, Tensor ref_eps_cond, Tensor? ref_eps_uncond, Tensor x_t, Tensor x_w,"
-    f" Tensor x_l, Tensor alphas_cumprod, {STEP_SCHEMA}, float beta, float low, float high)"
+    f" Tensor x_l, Tensor alphas_cumprod, {STEP_SCHEMA}, Tensor? stored_beta, float beta, float clip)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _transition_loss(*inputs: Any) -> tuple[Tensor, ...]:
     """(loss, ratio_w, ratio_l, clipped, accuracy, derivatives of the loss by the log-ratios (2, B))."""
     alphas_cumprod, step = inputs[7], Step(*inputs[8:-3])
     check_step_rows("transition_loss", step, alphas_cumprod.shape[0])
+    stored_beta, beta, clip = inputs[-3:]
+    bounds = math.log1p(-clip) if clip < 1 else -math.inf, math.log1p(clip)
     path = launch_forward if use_triton(inputs[0]) else torch_path.forward
-    return path(inputs[:4], inputs[4:7], alphas_cumprod, step, *inputs[-3:])
+    return path(inputs[:4], inputs[4:7], alphas_cumprod, step, beta if stored_beta is None else stored_beta, *bounds)
 
 
 @_transition_loss.register_fake
@@ -142,7 +144,7 @@ def transition_loss(
     *,
     guidance_scale: float,
     eta: float = 1.0,
-    beta: float = 10.0,
+    beta: float | Tensor = 10.0,
     clip: float | None = 0.1,
     final_alpha_cumprod: float | None = None,
     prediction_type: str = "epsilon",
@@ -156,7 +158,7 @@ def transition_loss(
     x_w, x_l: (B, ...).
     alphas_cumprod: (T,) fp32 or fp64.
     t, t_prev: numbers or int64 of shape () or (B,), those of a pair, as in `ddim_pool_step`.
-    guidance_scale: finite. eta: in (0, 1]. beta: > 0.
+    guidance_scale: finite. eta: in (0, 1]. beta: > 0; a number, or a scalar tensor, whose value is not checked.
     clip: bound of the ratios around 1, > 0; outside it a ratio has no gradient. None: no bound. SPO's code: 0.1.
     final_alpha_cumprod: in (0, 1), as in `ddim_pool_step`.
     prediction_type: "epsilon" or "v_prediction".
@@ -175,11 +177,9 @@ def transition_loss(
     references = {"ref_eps_cond": ref_eps_cond, "ref_eps_uncond": ref_eps_uncond}
     _check(predictions | references, x_t, x_w, x_l)
     check_alphas_cumprod(op, alphas_cumprod, "x_t", x_t)
-    check_positive(op, "beta", beta)
-    low, high = -math.inf, math.inf
+    check_beta(op, beta)
     if clip is not None:
         check_positive(op, "clip", clip)
-        low, high = math.log1p(-clip) if clip < 1 else low, math.log1p(clip)
     if eta == 0 or final_alpha_cumprod == 1:
         raise ValueError(f"{op}: a step without noise has no likelihood: needs eta > 0 and final_alpha_cumprod < 1")
     step = make_step(
@@ -194,5 +194,7 @@ def transition_loss(
         prediction_type=prediction_type,
     )
     fixed = [None if x is None else x.detach() for x in (*references.values(), x_t, x_w, x_l, alphas_cumprod)]
-    loss, *rest, _ = _transition_loss(eps_cond, eps_uncond, *fixed, *step, float(beta), low, high)
+    stored_beta = beta.detach() if isinstance(beta, Tensor) else None
+    settings = stored_beta, 1.0 if isinstance(beta, Tensor) else float(beta), math.inf if clip is None else float(clip)
+    loss, *rest, _ = _transition_loss(eps_cond, eps_uncond, *fixed, *step, *settings)
     return TransitionLoss(loss, *(x.detach() for x in rest))

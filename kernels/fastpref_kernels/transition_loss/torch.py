@@ -30,7 +30,7 @@ def forward(
     latents: tuple[Tensor, Tensor, Tensor],
     alphas_cumprod: Tensor,
     step: Step,
-    beta: float,
+    beta: float | Tensor,
     low: float,
     high: float,
 ) -> tuple[Tensor, ...]:
@@ -59,7 +59,7 @@ def forward(
     return _pair_loss(log_ratio, beta, low, high)
 
 
-def _pair_loss(log_ratio: Tensor, beta: float, low: float, high: float) -> tuple[Tensor, ...]:
+def _pair_loss(log_ratio: Tensor, beta: float | Tensor, low: float, high: float) -> tuple[Tensor, ...]:
     outside = (log_ratio < low) | (log_ratio > high)
     kept = log_ratio.clamp(low, high)
     u = beta * (kept[0] - kept[1])

@@ -104,12 +104,14 @@ def _transition_pair_kernel(
     loss_ptr,
     clipped_ptr,
     accuracy_ptr,
+    beta_ptr,
     n_elements,
     n_pairs: int,
     n_chunks: int,
     beta,
     low,
     high,
+    STORED_BETA: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
 ):
@@ -120,6 +122,8 @@ def _transition_pair_kernel(
     chunk = tl.arange(0, BLOCK_CHUNKS)[None, :]
     per_element = 1.0 / tl.cast(n_elements, tl.float32)
     per_pair = 1.0 / tl.cast(n_pairs, tl.float32)
+    if STORED_BETA:
+        beta = tl.load(beta_ptr).to(tl.float32)
     for start in range(0, n_pairs, BLOCK_PAIRS):
         pair = start + tl.arange(0, BLOCK_PAIRS).to(tl.int64)
         mask = pair < n_pairs
@@ -244,7 +248,7 @@ def launch_forward(
     latents: tuple[Tensor, Tensor, Tensor],
     alphas_cumprod: Tensor,
     step: Step,
-    beta: float,
+    beta: float | Tensor,
     low: float,
     high: float,
 ) -> tuple[Tensor, ...]:
@@ -285,12 +289,14 @@ def launch_forward(
         ratio_l,
         slopes,
         *scalars,
+        beta if isinstance(beta, Tensor) else slopes,
         n_elements,
         n_pairs,
         n_chunks,
-        beta,
+        1.0 if isinstance(beta, Tensor) else beta,
         low,
         high,
+        STORED_BETA=isinstance(beta, Tensor),
         BLOCK_PAIRS=_PAIR_TILES[block_chunks],
         BLOCK_CHUNKS=block_chunks,
     )

@@ -12,9 +12,9 @@ from torch import Tensor
 import fastpref_kernels as fp
 from fastpref_kernels.implicit_reward import triton as kernels
 
-from .case import ALPHAS_CUMPROD, BF16, Fault, KernelCase, Row, Workload, on, tensor
+from .case import BF16, Fault, KernelCase, Row, Workload, on, tensor
 
-GEOMETRY = ("n_elements", "chunk_size", "n_timesteps", "size_1", "size_2")
+GEOMETRY = ("n_elements", "chunk_size", "size_1", "size_2")
 TARGETS = {
     "tensor": {"KEYED": False, "VELOCITY": False},
     "noise": {"KEYED": True, "VELOCITY": False},
@@ -35,8 +35,8 @@ def launch(dtype: str, third: str, own: dict[str, str], target: str, strided: bo
         "target_ptr": f"*{dtype}",
         f"{third}_ptr": f"*{dtype}",
         "keys_ptr": "*i64",
-        "timesteps_ptr": "*i64",
-        "alphas_ptr": "*fp32",
+        "p_ptr": "*fp32",
+        "q_ptr": "*fp32",
     }
     rows = ("n_elements", "chunk_size", "pred_row", "target_row", f"{third}_row")
     used = ["pred_ptr"] + ["target_ptr"] * (target != "noise") + [f"{third}_ptr"] * flags.get("HAS_REF", True)
@@ -100,11 +100,11 @@ def cases() -> list[KernelCase]:
 
 
 def _op_reward(i: Inputs, target: Any) -> tuple[Tensor, ...]:
-    return (fp.implicit_reward(i["pred"], target, i.get("ref_pred"), ref_error=i.get("ref_error")),)
+    return (fp.implicit_reward(i["pred"], target, ref_pred=i.get("ref_pred"), ref_error=i.get("ref_error")),)
 
 
 def _kept(i: Inputs) -> Any:
-    return fp.KeyedVelocity(i["keys"], i["x0"], i["timesteps"], i["alphas"])
+    return fp.KeyedVelocity(i["keys"], i["x0"], i["p"], i["q"])
 
 
 def workloads() -> list[Workload]:
@@ -112,7 +112,7 @@ def workloads() -> list[Workload]:
     for variant, more, forward in (("ref_pred", {}, (6, 4, 6)), ("ref_error", {"ref_error": plain.errors}, (4, 2, 4))):
         names = ("pred", "ref_pred") if variant == "ref_pred" else ("pred",)
         common = {"op": "implicit_reward", "wrt": ("pred",), "shape": (1, 4, 64, 128)}
-        velocity = {"keys": plain.keys, "timesteps": plain.timesteps, "alphas": plain.alphas}
+        velocity = {"keys": plain.keys, "p": plain.signal, "q": plain.minus_sigma}
         found += [
             Workload(
                 variant=f"tensor,{variant}",
@@ -149,12 +149,12 @@ def workloads() -> list[Workload]:
 
 
 def samples() -> dict[str, tuple]:
-    keys, timesteps = torch.arange(4), torch.tensor([1, 50, 98, 99])
+    keys, p = torch.arange(4), torch.tensor([1.0, 0.9, 0.5, 0.0])
     return {
         "implicit_reward": (tensor(4, 3, 5, grad=True), tensor(4, 3, 5), *[None] * 3, tensor(4, 3, 5), None, True),
         "implicit_reward[noise]": (tensor(4, 6, grad=True, dtype=BF16), None, keys, *[None] * 3, tensor(4), False),
         "implicit_reward[velocity]": (
-            *(tensor(4, 6, grad=True), tensor(4, 6), keys, timesteps, ALPHAS_CUMPROD),
+            *(tensor(4, 6, grad=True), tensor(4, 6), keys, p, p - 1),
             *(None, tensor(4), False),
         ),
         "implicit_reward_backward": (tensor(4), torch.tensor(2.0), tensor(4, 6, dtype=BF16), tensor(4, 6), *[None] * 3),
@@ -164,7 +164,7 @@ def samples() -> dict[str, tuple]:
 
 ROWS = [
     Row(
-        "`implicit_reward(pred, target, ref_pred=None, *, ref_error=None)`",
+        "`implicit_reward(pred, target, *, ref_pred=None, ref_error=None)`",
         ("`mean((ref_pred - target)^2) - mean((pred - target)^2)` per row, exactly 0 where pred equals ref_pred"),
         "to `pred`",
         "6; 4 with `ref_error`",
@@ -178,8 +178,8 @@ ROWS = [
         "4",
     ),
     Row(
-        "the same with `target=KeyedVelocity(keys, x0, timesteps, alphas_cumprod)`",
-        "target is `sqrt(abar) noise - sqrt(1 - abar) x0`",
+        "the same with `target=KeyedVelocity(keys, x0, p, q)`",
+        "target is `p noise + q x0`, with coefficients by row: v, flow",
         "to `pred`",
         "6; 4 with `ref_error`",
         "6",
@@ -274,10 +274,10 @@ FAULTS = [
         WORKLOADS,
     ),
     Fault(
-        "scale and sigma swapped",
+        "coefficients swapped",
         "implicit_reward/targets.py",
-        "schedule[1] * noise - schedule[2] * x0",
-        "schedule[2] * noise - schedule[1] * x0",
+        "of_row[1] * noise + of_row[2] * x0",
+        "of_row[2] * noise + of_row[1] * x0",
         ("test_workloads.py", "-k", "test_kernels_equal_eager_float64 and velocity"),
     ),
 ]

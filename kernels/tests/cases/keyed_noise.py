@@ -8,7 +8,7 @@ from gpu import plain
 import fastpref_kernels as fp
 from fastpref_kernels.keyed_noise.triton import _BLOCK, _add_keyed_noise_kernel, _keyed_noise_kernel
 
-from .case import ALPHAS_CUMPROD, BF16, Fault, KernelCase, Row, Workload, on, tensor
+from .case import BF16, Fault, KernelCase, Row, Workload, on, tensor
 
 
 def noise(dtype: str) -> KernelCase:
@@ -22,10 +22,10 @@ def noise(dtype: str) -> KernelCase:
     )
 
 
-def add(dtype: str, alphas: str, backward: bool, strided: bool) -> KernelCase:
-    numbers = ("n_elements", "n_chunks", "n_timesteps", "size_1", "size_2", "x0_row", "x0_0", "x0_1", "x0_2")
-    pointers = {"x0_ptr": f"*{dtype}", "keys_ptr": "*i64", "timesteps_ptr": "*i64", "alphas_cumprod_ptr": f"*{alphas}"}
-    words = [dtype, alphas, *["strided"] * strided]
+def add(dtype: str, coefficients: str, backward: bool, strided: bool) -> KernelCase:
+    numbers = ("n_elements", "n_chunks", "size_1", "size_2", "x0_row", "x0_0", "x0_1", "x0_2")
+    pointers = {"x0_ptr": f"*{dtype}", "keys_ptr": "*i64", "a_ptr": f"*{coefficients}", "s_ptr": f"*{coefficients}"}
+    words = [dtype, coefficients, *["strided"] * strided]
     return KernelCase(
         f"add_keyed_noise_{'bwd' if backward else 'fwd'}[{','.join(words)}]",
         _add_keyed_noise_kernel,
@@ -45,7 +45,7 @@ def cases() -> list[KernelCase]:
 
 
 def workloads() -> list[Workload]:
-    schedule = {"keys": plain.keys, "timesteps": plain.timesteps, "alphas": plain.alphas}
+    rows = {"keys": plain.keys, "a": plain.signal, "s": plain.sigma}
     return [
         Workload(
             op="keyed_noise",
@@ -61,8 +61,8 @@ def workloads() -> list[Workload]:
         Workload(
             op="add_keyed_noise",
             variant="",
-            make=plain.latents("x0", **schedule),
-            run=lambda i: (fp.add_keyed_noise(i["x0"], i["keys"], i["timesteps"], i["alphas"]),),
+            make=plain.latents("x0", **rows),
+            run=lambda i: (fp.add_keyed_noise(i["x0"], i["keys"], i["a"], i["s"]),),
             eager=lambda i: (plain.noised(i["x0"], plain.noise(i, i["x0"]), i),),
             wrt=("x0",),
             shape=(2, 4, 64, 64),
@@ -74,11 +74,11 @@ def workloads() -> list[Workload]:
 
 
 def samples() -> dict[str, tuple]:
-    keys, timesteps = torch.arange(4), torch.tensor([1, 50, 98, 99])
+    keys, a = torch.arange(4), torch.tensor([1.0, 0.9, 0.5, 0.0])
     return {
         "keyed_noise": (keys, [3, 5], BF16),
-        "add_keyed_noise": (tensor(4, 3, 5, grad=True), keys, timesteps, ALPHAS_CUMPROD),
-        "add_keyed_noise_backward": (tensor(4, 3, 5), keys, timesteps, ALPHAS_CUMPROD),
+        "add_keyed_noise": (tensor(4, 3, 5, grad=True), keys, a, 1 - a),
+        "add_keyed_noise_backward": (tensor(4, 3, 5), a),
     }
 
 
@@ -91,8 +91,8 @@ ROWS = [
         "",
     ),
     Row(
-        "`add_keyed_noise(x0, keys, timesteps, alphas_cumprod)`",
-        "`sqrt(abar_t) x0 + sqrt(1 - abar_t) keyed_noise`",
+        "`add_keyed_noise(x0, keys, a, s)`",
+        "`a x0 + s keyed_noise`, with coefficients by row",
         "to `x0`",
         "4",
         "4",
@@ -121,7 +121,14 @@ FAULTS = [
         NOISE,
     ),
     Fault("half a turn", "common/philox.py", "6.283185307179586, tl.float32", "3.141592653589793, tl.float32", NOISE),
-    Fault("noise without its scale", "keyed_noise/triton.py", "x_t += sigma * _normals", "x_t += _normals", ADD),
+    Fault(
+        "noise without its scale",
+        "keyed_noise/triton.py",
+        "tl.load(s_ptr + row).to(tl.float32) * _normals",
+        "_normals",
+        ADD,
+    ),
+    Fault("one row's coefficient for all", "keyed_noise/triton.py", "tl.load(a_ptr + row)", "tl.load(a_ptr)", ADD),
     Fault("noise in the gradient", "keyed_noise/triton.py", "if not BACKWARD:", "if True:", ADD),
     Fault(
         "int32 rows of the noise",

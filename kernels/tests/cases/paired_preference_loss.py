@@ -44,15 +44,17 @@ def paired(i: Inputs) -> tuple[Tensor, ...]:
     return (-F.logsigmoid(MILD_BETA / 2 * (reward_w - reward_l)).mean(),)
 
 
+def _paired(i: Inputs) -> tuple[Tensor, ...]:
+    return (fp.paired_preference_loss(i["pred"], fp.KeyedNoise(i["keys"]), ref_pred=i["ref_pred"], beta=MILD_BETA)[0],)
+
+
 def workloads() -> list[Workload]:
     return [
         Workload(
             op="paired_preference_loss",
             variant="dpo,noise",
             make=plain.latents("pred", "ref_pred", keys=plain.keys),
-            run=lambda i: (
-                fp.paired_preference_loss(i["pred"], i["ref_pred"], fp.KeyedNoise(i["keys"]), beta=MILD_BETA)[0],
-            ),
+            run=_paired,
             eager=paired,
             wrt=("pred",),
             shape=(4, 4, 64, 64),
@@ -71,7 +73,7 @@ def samples() -> dict[str, tuple]:
 
 ROWS = [
     Row(
-        '`paired_preference_loss(pred, ref_pred, target, *, beta, kind="dpo", ...)`',
+        '`paired_preference_loss(pred, target, *, beta, ref_pred=None, ref_error=None, kind="dpo", ...)`',
         (
             "`dpo_loss` or `rpo_loss` of the implicit rewards of `[winners; losers]`, at most 4 launches with the"
             " backward"

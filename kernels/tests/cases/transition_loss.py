@@ -66,21 +66,21 @@ def _backward(x: str, pred: str, alphas: str, guided: bool, linear: bool) -> Ker
     )
 
 
-def _pairs(chunks: int) -> KernelCase:
-    pointers = ("partial", "ratio_w", "ratio_l", "slopes", "loss", "clipped", "accuracy")
+def _pairs(chunks: int, stored_beta: bool) -> KernelCase:
+    pointers = ("partial", "ratio_w", "ratio_l", "slopes", "loss", "clipped", "accuracy", "beta")
     return KernelCase(
-        name=f"transition_pair[{chunks} chunks]",
+        name=f"transition_pair[{chunks} chunks{',stored beta' if stored_beta else ''}]",
         kernel=kernels._transition_pair_kernel,
         signature={f"{name}_ptr": "*fp32" for name in pointers}
         | {"n_elements": "i32", "n_pairs": "i32", "n_chunks": "i32", "beta": "fp32", "low": "fp32", "high": "fp32"},
-        constexprs={"BLOCK_PAIRS": kernels._PAIR_TILES[chunks], "BLOCK_CHUNKS": chunks},
+        constexprs={"STORED_BETA": stored_beta, "BLOCK_PAIRS": kernels._PAIR_TILES[chunks], "BLOCK_CHUNKS": chunks},
         aligned=(*(f"{name}_ptr" for name in pointers), "n_elements"),
         min_occupancy=0.0,  # the only program of its launch
     )
 
 
 def cases() -> list[KernelCase]:
-    found = [_pairs(chunks) for chunks in kernels._PAIR_TILES]
+    found = [_pairs(chunks, False) for chunks in kernels._PAIR_TILES] + [_pairs(16, True)]
     for make in (_forward, _backward):
         found += [make(x, pred, "fp32", *flags) for x, pred, *flags in types_and_flags()]
         found.append(make("bf16", "bf16", "fp64", True, True))
@@ -128,10 +128,11 @@ def workloads() -> list[Workload]:
 
 def samples() -> dict[str, tuple]:
     step = (*[tensor(*LATENT)] * 3, ALPHAS_CUMPROD, *NUMBERS, *SETTINGS)
+    bare = tensor(*LATENT, grad=True), None, tensor(*LATENT), None
     stacked = (tensor(4, 3, 5, grad=True, dtype=BF16), tensor(4, 3, 5, grad=True), *[tensor(4, 3, 5)] * 3)
     return {
-        "transition_loss": (*stacked, *[tensor(*LATENT)] * 2, ALPHAS_CUMPROD, *ROWS_OF_T, *SETTINGS, 10.0, -0.1, 0.1),
-        "transition_loss[plain]": (tensor(*LATENT, grad=True), None, tensor(*LATENT), None, *step, 10.0, -0.1, 0.1),
+        "transition_loss": (*stacked, *[tensor(*LATENT)] * 2, ALPHAS_CUMPROD, *ROWS_OF_T, *SETTINGS, None, 10.0, 0.1),
+        "transition_loss[plain]": (*bare, *step, tensor().exp(), 1.0, 0.1),
         "transition_loss_backward": (tensor(), tensor(2, 2), tensor(*LATENT, dtype=BF16), tensor(*LATENT), *step),
     }
 

@@ -37,6 +37,20 @@ def timesteps(shape: tuple[int, ...], device: str) -> Tensor:
     return torch.linspace(1, 998, shape[0], device=device).long()
 
 
+def signal(shape: tuple[int, ...], device: str) -> Tensor:
+    """sqrt(abar) of the rows' timesteps."""
+    return ALPHAS.to(device)[timesteps(shape, device)].sqrt().float()
+
+
+def sigma(shape: tuple[int, ...], device: str) -> Tensor:
+    """sqrt(1 - abar) of the rows' timesteps."""
+    return (1 - ALPHAS.to(device)[timesteps(shape, device)]).sqrt().float()
+
+
+def minus_sigma(shape: tuple[int, ...], device: str) -> Tensor:
+    return -sigma(shape, device)
+
+
 def alphas(shape: tuple[int, ...], device: str) -> Tensor:
     return ALPHAS.float().to(device)
 
@@ -54,13 +68,11 @@ def noise(i: Inputs, like: Tensor) -> Tensor:
 
 
 def noised(x0: Tensor, noise: Tensor, i: Inputs) -> Tensor:
-    abar = i["alphas"].double()[i["timesteps"]]
-    return rows(abar.sqrt(), x0) * x0 + rows((1 - abar).sqrt(), x0) * noise
+    return rows(i["a"], x0) * x0 + rows(i["s"], x0) * noise
 
 
 def velocity(x0: Tensor, noise: Tensor, i: Inputs) -> Tensor:
-    abar = i["alphas"].double()[i["timesteps"]]
-    return rows(abar.sqrt(), x0) * noise - rows((1 - abar).sqrt(), x0) * x0
+    return rows(i["p"], x0) * noise + rows(i["q"], x0) * x0
 
 
 def error(a: Tensor, b: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def noise(keys: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).view(-1, *shape)
 
 
-def velocity(keys: Tensor, x0: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """sqrt(abar) * noise - sqrt(1 - abar) * x0 in float64."""
-    abar = alphas_cumprod.double()[timesteps].view(-1, *[1] * (x0.dim() - 1))
-    return abar.sqrt() * noise(keys, x0.shape[1:]) - (1 - abar).sqrt() * x0.double()
+def velocity(keys: Tensor, x0: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """p * noise + q * x0 in float64."""
+    p, q = (x.double().view(-1, *[1] * (x0.dim() - 1)) for x in (p, q))
+    return p * noise(keys, x0.shape[1:]) + q * x0.double()
