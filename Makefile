@@ -90,7 +90,7 @@ bench: $(VENV)/.dev
 	@echo "== rounding that a ledger leaves"
 	@$(BIN)/python benchmarks/ledger_noise.py --short
 	@echo "== kernels: what they move, and their times on the CPU, into runs/bench"
-	@$(BIN)/python benchmarks/kernels.py counts cpu --out runs/bench
+	@$(BIN)/python benchmarks/op_bench.py counts cpu --out runs/bench
 
 # The public script imports torchvision, which has no build for the torch of constraints.txt: both sides run with these.
 reference-venv: $(REFERENCE)/.made
@@ -134,8 +134,8 @@ gpu-acceptance: $(VENV)/.dev
 	@KERNELS_ON=gpu $(WITHIN) 60 $(BIN)/python -m pytest -q -rs --no-fold-skipped kernels/tests/gpu
 	@echo "== training on a GPU, with two of them NCCL and ZeRO 1-3 too: $(TRAINING_SECONDS) s at most"
 	@$(WITHIN) $(TRAINING_SECONDS) $(BIN)/python -m pytest -q -rs --no-fold-skipped -m gpu tests/gpu
-	@echo "== timings in short, into benchmarks/results/kernels.csv: 50 s at most"
-	@$(WITHIN) 50 $(BIN)/python benchmarks/kernels.py gpu --short --plot --skip-without-gpu
+	@echo "== timings in short, into benchmarks/results/op_bench.csv: 50 s at most"
+	@$(WITHIN) 50 $(BIN)/python benchmarks/op_bench.py gpu --short --plot --skip-without-gpu
 
 clean:
 	rm -rf $(VENV) $(REFERENCE) runs stores .pytest_cache .mypy_cache .ruff_cache

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import kernels_gpu
+import op_bench_gpu
 import torch
 from devices import CPU, seconds
 from gpu_bench_measure import Row, graphs, guarded, operations, recomputation
@@ -188,10 +188,10 @@ def _round_row(side: str, repeat: int, outcomes: dict[str, Outcome]) -> Row:
 def kernels(world: World) -> Iterator[Row]:
     """Every kernel at its middle size beside eager torch in bf16."""
     small, device = world.device.type == CPU, world.device.type
-    bandwidth = kernels_gpu.copy_bandwidth(device)
-    for w, shape in kernels_gpu.middle_sizes(small=small):
-        for form in kernels_gpu.SHORT:
-            measure = partial(kernels_gpu.measure, w, shape, form, bandwidth, device)
+    bandwidth = op_bench_gpu.copy_bandwidth(device)
+    for w, shape in op_bench_gpu.middle_sizes(small=small):
+        for form in op_bench_gpu.SHORT:
+            measure = partial(op_bench_gpu.measure, w, shape, form, bandwidth, device)
             yield from guarded(world, "kernels", f"{w.name}, {form}", partial(_kernel, measure))
 
 

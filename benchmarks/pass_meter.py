@@ -66,8 +66,8 @@ _SEVERAL: dict[str, tuple[int, int]] = {
     "_scaled_dot_product_flash_attention_for_cpu_backward": (3, 1),  # rows of dO·O; dQ, dK, dV; dQ to 16 bits
     "slice_backward": (2, 1),  # zeros, then a copy into them
     "select_backward": (2, 1),
-    "group_norm_silu": (3, 2),  # kernels/fastpref_kernels/group_norm_silu: moments, groups, normalisation
-    "group_norm_silu_backward": (3, 2),
+    "group_norm_silu": (2, 2),  # kernels/fastpref_kernels/group_norm_silu: moments, normalisation
+    "group_norm_silu_backward": (2, 2),
 }
 
 
@@ -205,31 +205,26 @@ def _convolution_backward(args: Any, out: Any) -> list[Entry]:
 
 
 def _lora_linear(args: Any, out: Any) -> list[Entry]:
-    """The low-rank factor, then both products in one kernel, or by BLAS one onto the other; fp32 weights of a LoRA are
-    cast by the op."""
-    x, weight, bias, lora_a, lora_b, _, blas = args
+    """The low-rank factor, then both products, one onto the other; fp32 weights of a LoRA are cast by the op."""
+    x, weight, bias, lora_a, lora_b, _ = args
     found: list[Entry] = _fp32_loras(x, lora_a, lora_b)
     rows = x.numel() // x.shape[-1]
     outputs, inputs, rank = *weight.shape, lora_a.shape[0]
     low = rows * rank * x.element_size()
     found.append((("LoRA products", "lora_linear: t"), 1, _bytes(x) + _half(lora_a, x) + low, 2 * rows * inputs * rank))
     moved = _bytes(x) + _bytes(weight) + _bytes(out[0]) + (0 if bias is None else _bytes(bias))
-    return found + _both(blas, moved, rows, (inputs, outputs), rank, _half(lora_b, x) + low, _bytes(out[0]))
+    return found + _both(moved, rows, (inputs, outputs), rank, _half(lora_b, x) + low, _bytes(out[0]))
 
 
-def _both(
-    blas: bool, moved: int, rows: int, sizes: tuple[int, int], rank: int, factors: int, result: int
-) -> list[Entry]:
+def _both(moved: int, rows: int, sizes: tuple[int, int], rank: int, factors: int, result: int) -> list[Entry]:
     """The product with the weight, ``moved`` bytes, and onto it that of the two ``factors``."""
     large, small = 2 * rows * sizes[0] * sizes[1], 2 * rows * sizes[1] * rank
-    if not blas:
-        return [(("matrix products", "lora_linear"), 1, moved + factors, large + small)]
     product: Entry = (("matrix products", "lora_linear"), 1, moved, large)
     return [product, (("LoRA products", "lora_linear: onto y"), 1, factors + 2 * result, small)]
 
 
 def _lora_linear_backward(args: Any, out: Any) -> list[Entry]:
-    grad, x, weight, lora_a, lora_b, t, _, blas, needs_x, needs_lora = args
+    grad, x, weight, lora_a, lora_b, t, _, needs_x, needs_lora = args
     found: list[Entry] = _fp32_loras(x, lora_a, lora_b)
     rows = x.numel() // x.shape[-1]
     outputs, inputs, rank = *weight.shape, lora_a.shape[0]
@@ -239,7 +234,7 @@ def _lora_linear_backward(args: Any, out: Any) -> list[Entry]:
     )
     if needs_x:
         moved = _bytes(grad) + _bytes(weight) + _bytes(out[0])
-        found += _both(blas, moved, rows, (outputs, inputs), rank, _half(lora_a, x) + low, _bytes(out[0]))
+        found += _both(moved, rows, (outputs, inputs), rank, _half(lora_a, x) + low, _bytes(out[0]))
     if needs_lora:
         moved = _bytes(x) + _bytes(grad) + 2 * low + _half(lora_a, x) + _half(lora_b, x)
         found.append((("LoRA products", "lora_linear: dA, dB"), 2, moved, 2 * rows * rank * (inputs + outputs)))

@@ -130,7 +130,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # kernels.py beside this file is not the package that transformers looks for
     # deepspeed's launcher puts --local_rank first
     sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))]
     main()

@@ -8,7 +8,7 @@ import torch
 
 Choice = bool | Literal["auto"]
 
-# By kind of device: what was measured, benchmarks/results/kernels.csv and gpu_bench.csv.
+# By kind of device: what was measured, benchmarks/results/op_bench.csv and gpu_bench.csv.
 _FASTER = {"cpu": False, "cuda": False}
 _WHY = {
     "cpu": "plain layers are as fast on a CPU",

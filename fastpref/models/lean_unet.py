@@ -160,4 +160,4 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if adapter is None:
         return type(self).forward(self, x, *args, **kwargs)
     base, a, b = self.base_layer, self.lora_A[adapter], self.lora_B[adapter]
-    return lora_linear(x.contiguous(), base.weight, base.bias, a.weight, b.weight, self.scaling[adapter], blas=True)
+    return lora_linear(x.contiguous(), base.weight, base.bias, a.weight, b.weight, self.scaling[adapter])

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _VIEWS = {"view", "expand", "unsqueeze", "squeeze", "reshape", "_unsafe_view", "alias", "detach", "permute", "t"}
-_VIEWS |= {"transpose", "as_strided", "slice", "select", "split", "empty_like", "empty"}
+_VIEWS |= {"transpose", "as_strided", "slice", "select", "split", "empty_like", "empty", "new_empty"}
 
 
 class Eager(TorchDispatchMode):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from itertools import product
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from reference import group_norm_silu as oracle
 from tolerances import TOLERANCES, assert_close
 
 from fastpref_kernels import group_norm_silu
+from fastpref_kernels.group_norm_silu import plan
 from fastpref_kernels.group_norm_silu import torch as torch_path
-from fastpref_kernels.group_norm_silu import triton as launches
 
 # (input, groups): one position, odd sizes, groups across blocks of channels, more than one tile
 SHAPES = [((1, 2, 2), 1), ((3, 6, 7), 2), ((2, 9, 11, 7), 3), ((2, 70, 2, 3, 5), 7), ((1, 4, 19, 17), 4)]
@@ -68,19 +69,78 @@ def test_worked_by_hand(path: str) -> None:
     assert x.grad is not None and x.grad.abs().max() < 1e-6  # two elements are always at -1 and 1
 
 
-def test_many_tiles_and_chunks(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1,100 positions: five tiles of 256 make three chunks, the last of one tile that is not full."""
-    monkeypatch.setattr(launches, "_MAX_CHUNKS", 4)
-    assert launches._plan(False, 1100) == ("first", 2, 3)
-    x = torch.randn(1, 2, 1100, requires_grad=True)
-    exact = x.detach().double().requires_grad_()
-    out, expected = group_norm_silu(x, 1), oracle.group_norm_silu(exact, 1, None, None, 1e-5)
-    assert_close(out, expected, scale=2.0)
-    grad = torch.randn(x.shape)
-    out.backward(grad)
-    expected.backward(grad.double())
-    assert x.grad is not None
-    assert_close(x.grad, exact.grad, scale=4.0)
+# (input, groups, channels last, programs that fill the device, tile, tiles of a chunk, chunks): see plan.py
+CUTS = [
+    ((1, 4, 70, 70), 2, False, 132, "first_few", 1, 5),  # 2 channels of 20 segments; the last chunk is not full
+    ((1, 4, 60, 70), 2, False, 1, "large", 1, 1),
+    ((1, 2, 70, 300), 1, False, 1, "first", 1, 11),
+    ((1, 130, 8, 8), 1, False, 132, "first_short", 1, 3),
+    ((1, 2, 256, 260), 1, False, 132, "first_few", 2, 33),
+    ((1, 10, 65, 65), 1, True, 132, "last", 5, 27),
+    ((2, 100, 12, 12), 1, True, 132, "last", 1, 5),  # a group in two blocks of channels
+    ((1, 132, 5, 5), 33, True, 132, "last_narrow", 1, 1),
+    ((1, 90, 12, 3), 10, True, 132, "last_narrow", 1, 1),
+    ((1, 150, 12, 3), 15, True, 132, "last", 1, 2),  # a block starts and ends within a group
+]
+
+
+@pytest.mark.parametrize(("shape", "groups", "last", "least", "tile", "tiles", "chunks"), CUTS, ids=str)
+def test_split_groups_match_oracle(
+    triton_path: None,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    groups: int,
+    last: bool,
+    least: int,
+    tile: str,
+    tiles: int,
+    chunks: int,
+) -> None:
+    """Values and gradients where a group takes several programs, or one with the large tile."""
+    monkeypatch.setattr(plan, "multiprocessors", lambda _: least)
+    tile_of = plan.SPLIT | {"large": plan.LARGE}
+    made = plan.cut(plan._numbers(shape, groups), last, plan.LARGE, least)
+    assert (made.tile, made.tiles, made.n_chunks) == (tile_of[tile], tiles, chunks)
+    x = torch.randn(shape) + 3.0
+    leaves = [(channels_last(x) if last else x).requires_grad_(), *(torch.randn(shape[1]) for _ in range(2))]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    out = group_norm_silu(leaves[0], groups, leaves[1], leaves[2])
+    expected = oracle.group_norm_silu(exact[0], groups, exact[1], exact[2], 1e-5)
+    assert_close(out, expected, scale=5.0)
+    grad = torch.randn(shape)
+    found, truth = torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, exact, grad.double())
+    assert_close(found[0], truth[0], scale=10.0)
+    terms = math.prod(shape) // shape[1]
+    for result, value in zip(found[1:], truth[1:], strict=True):  # sums over samples and positions
+        assert_close(result, value, scale=10.0 * terms**0.5)
+
+
+SDXL = [(320, 128), (640, 64), (1280, 32), (640, 128), (960, 128), (320, 64), (1920, 64), (2560, 32), (1920, 32)]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("rows", [2, 4, 8, 16, 128])
+@pytest.mark.parametrize(("channels", "side"), SDXL, ids=str)
+def test_programs_fill_an_h200_at_the_sizes_of_sdxl(channels: int, side: int, rows: int, last: bool) -> None:
+    """At least one for each of 132 multiprocessors, in at most two launches, which move a tensor twice at most."""
+    x = torch.empty(rows, channels, side, side, dtype=torch.bfloat16, device="meta")
+    x = x.to(memory_format=torch.channels_last) if last else x
+    key = x.shape, x.stride(), x.dtype, x.dtype, 32
+    for made in (plan.forward_plan(*key, 1e-5, 132), plan.backward_plan(*key, False, 132)):
+        assert len(made.launches) <= 2
+        assert all(launch.programs >= 132 for launch in made.launches)
+        assert made.strides == x.stride()
+        assert 4 * math.prod(made.partial) <= 0.02 * 2 * x.numel()  # entries of groups beside the tensor
+
+
+@pytest.mark.parametrize(("channels", "side"), [(1280, 8), (1280, 16)], ids=str)
+def test_groups_that_fit_are_read_once(channels: int, side: int) -> None:
+    """SD1.5's smaller activations: one launch each way, where the groups are as many as the multiprocessors."""
+    x = torch.empty(8, channels, side, side, dtype=torch.bfloat16, device="meta")
+    key = x.shape, x.stride(), x.dtype, x.dtype, 32
+    assert len(plan.forward_plan(*key, 1e-5, 132).launches) == 1
+    assert len(plan.backward_plan(*key, False, 132).launches) == 1
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])

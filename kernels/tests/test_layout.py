@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import rows, samples, workloads
+from cases import all_cases, rows, samples, workloads
 
 import fastpref_kernels
 from fastpref_kernels import OPERATORS
@@ -31,7 +31,8 @@ def test_the_folders_are_the_list() -> None:
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_an_op_has_its_files_its_oracle_and_its_case(op: str) -> None:
-    files = [PACKAGE / op / name for name in ("__init__.py", "triton.py", "torch.py")]
+    names = ["__init__.py", "torch.py", *(["triton.py"] if all_cases(op)[op] else [])]
+    files = [PACKAGE / op / name for name in names]
     files += [TESTS / folder / f"{op}.py" for folder in ("reference", "cases")]
     assert [str(path) for path in (*files, TESTS / f"test_{op}.py") if not path.is_file()] == []
     assert op in {w.op for w in workloads().values()} and any(row.op.startswith(f"`{op}(") for row in rows())
@@ -64,7 +65,7 @@ def test_imports(path: Path) -> None:
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_torch_and_triton_are_the_real_ones_within_an_op(op: str) -> None:
-    for name in ("torch", "triton"):
+    for name in {"torch", "triton"} & {path.stem for path in (PACKAGE / op).glob("*.py")}:
         module = importlib.import_module(f"fastpref_kernels.{op}.{name}")
         assert getattr(module, "torch", torch) is torch
         assert getattr(module, "tl", sys.modules["triton.language"]) is sys.modules["triton.language"]

@@ -15,6 +15,7 @@ from gpu.plain import CANDIDATES
 from gpu.workloads import WORKLOADS, Workload, gradients, leaves
 
 import fastpref_kernels as fp
+from fastpref_kernels.lora_linear import torch as lora_linear
 
 COUNTED = [name for name, w in WORKLOADS.items() if w.forward is not None]
 
@@ -58,6 +59,13 @@ def test_bytes_are_those_of_the_docstring(triton_path: None, name: str) -> None:
     assert w.forward is not None and w.forward <= forward < 1.03 * w.forward
     if w.backward is not None:
         assert w.backward <= backward < 1.03 * w.backward
+
+
+def test_a_group_that_fits_is_read_once(triton_path: None) -> None:
+    assert states("group_norm_silu", "takes one launch: forward 4 bytes per element at 16 bits, backward 6.")
+    w = WORKLOADS["group_norm_silu"]
+    forward, backward = counted(Workload(**{**vars(w), "shape": (2, 64, 32, 32)}))
+    assert 4 <= forward < 1.03 * 4 and 6 <= backward < 1.03 * 6
 
 
 def test_the_readme_has_the_bytes_of_the_workloads() -> None:
@@ -122,19 +130,25 @@ def test_bytes_of_the_embeddings_of_rpo(triton_path: None, weight: str, walks: i
     assert stated <= moved <= stated + numbers
 
 
-def test_bytes_of_the_low_rank_product(triton_path: None) -> None:
-    """The kernel writes y and nothing else of its size; BLAS into y moves 6 bytes an element, step by step 14."""
-    assert states("lora_linear", "besides the operands, which every way reads: 2, against 6 of BLAS calls")
-    w = WORKLOADS["lora_linear"]
-    inputs = w.make(w.shape, torch.bfloat16, "cpu")
-    rows, _, columns, rank = w.shape
-    with interpreter.traffic() as launches:
-        w.run(inputs)
-    assert [x.written for x in launches] == [2 * rows * columns]
-    linear, x = torch.nn.functional.linear, inputs["x"]
+def test_kernels_and_bytes_of_the_low_rank_layer() -> None:
+    """Three products forward and five backward, six bytes an element of y; step by step it is 14."""
+    assert states("lora_linear", "besides the operands, which every way reads: 6, against 14 of the five steps")
+    assert states("lora_linear", "Three products forward, five backward")
+    rows, _, columns, rank = WORKLOADS["lora_linear"].shape
+    inputs = WORKLOADS["lora_linear"].make(WORKLOADS["lora_linear"].shape, torch.bfloat16, "cpu")
+    x, weight, a, b = (inputs[name] for name in ("x", "weight", "lora_a", "lora_b"))
+    low = 2 * rows * rank
+    operands = 2 * sum(x.numel() for x in inputs.values()) + 2 * x.numel() + 2 * low
+    with Eager() as forward:  # what the op does inside, which the mode would see as one operator
+        y, t = lora_linear.forward(x, weight, None, a, b, 0.5)
+    unread = 2  # the scalar of addmm, whose beta is 0
+    assert (forward.launches, forward.moved - operands - unread) == (3, 6 * rows * columns)
+    with Eager() as backward:
+        lora_linear.backward(torch.ones_like(y), x, weight, a, b, t, 0.5, True, True)
+    assert backward.launches == 5 + 1  # and the ones
+    linear = torch.nn.functional.linear
     with Eager() as eager:
-        linear(x, inputs["weight"]) + linear(linear(x, inputs["lora_a"]), inputs["lora_b"]) * 0.5
-    operands = 2 * (sum(x.numel() for x in inputs.values()) + x.numel() + 2 * rows * rank)
+        linear(x, weight) + linear(linear(x, a), b) * 0.5
     assert eager.moved - operands == 14 * rows * columns
 
 

@@ -150,13 +150,18 @@ def check_contrasts(
 
 def check_rows(op: str, name: str, x: Tensor) -> int:
     """Elements from row to row of x (..., K); refuses rows that are not dense and equally far apart."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        raise ValueError(f"{op}: {name} must be dense in its last dimension, got strides {x.stride()}")
-    rows = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
+    return row_distance(op, name, x.shape, x.stride())
+
+
+def row_distance(op: str, name: str, shape: Sequence[int], strides: Sequence[int]) -> int:
+    """`check_rows` of a tensor's shape and strides."""
+    if strides[-1] != 1 and shape[-1] > 1:
+        raise ValueError(f"{op}: {name} must be dense in its last dimension, got strides {strides}")
+    rows = [(size, stride) for size, stride in zip(shape[:-1], strides[:-1], strict=True) if size != 1]
     for (_, outer), (size, inner) in pairwise(rows):
-        if outer != size * inner and x.numel():
-            raise ValueError(f"{op}: {name} must have equally spaced rows, got strides {x.stride()}")
-    return rows[-1][1] if rows else x.shape[-1]
+        if outer != size * inner and 0 not in shape:
+            raise ValueError(f"{op}: {name} must have equally spaced rows, got strides {strides}")
+    return rows[-1][1] if rows else shape[-1]
 
 
 def check_coefficients(op: str, call: str, n_rows: int, like_name: str, like: Tensor, **coefficients: Tensor) -> None:

@@ -1,7 +1,7 @@
 """An op in two forms: registered with torch.library for whatever traces it, and called as it is by eager code.
 
 torch.library's way to a function in Python costs tens of microseconds of host time a call, which a UNet with hundreds
-of LoRA layers feels; `benchmarks/kernels.py host` measures both.
+of LoRA layers feels; `benchmarks/op_bench.py host` measures both.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
 REGISTERED: dict[str, Operator] = {}
@@ -23,7 +24,7 @@ class Operator:
     def __init__(self, name: str, schema: str, plain: Callable[..., Any]) -> None:
         self.label, self.plain = f"{_NAMESPACE}::{name}", plain
         self.registered = torch.library.custom_op(self.label, plain, mutates_args=(), schema=schema)
-        self._function: type[torch.autograd.Function] | None = None
+        self._apply: Callable[..., Any] | None = None
         REGISTERED[name] = self
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,7 +36,9 @@ class Operator:
         """Give the op its gradient, of the first order: a second derivative raises RuntimeError."""
         backward = _first_order(self.label, backward)
         self.registered.register_autograd(backward, setup_context=setup_context)
-        self._function = _function(self.label, self.plain, backward, setup_context)
+        function = _function(self.label, self.plain, backward, setup_context)
+        # the apply of C: the one of Python asks again for transforms, of which there are none here
+        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def __call__(self, *arguments: Any) -> Any:
         if has_torch_function(arguments):  # as torch's own functions do, so that a mode sees the op
@@ -43,13 +46,19 @@ class Operator:
         return self._form(arguments)(*arguments)
 
     def _form(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
-        if _is_traced(tensors):
+        if _is_traced():
             return self.registered
+        differentiable = False
+        for x in arguments:
+            kind = type(x)
+            if kind is Tensor or kind is Parameter:
+                differentiable = differentiable or x.requires_grad
+            elif isinstance(x, Tensor):  # a subclass has to see one op
+                return self.registered
         form = self.plain
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        if differentiable and torch.is_grad_enabled():
             # an op without a gradient says so when somebody asks for it
-            form = self.registered if self._function is None else self._function.apply
+            form = self.registered if self._apply is None else self._apply
         return torch.profiler.record_function(self.label)(form) if torch.autograd._profiler_enabled() else form
 
 
@@ -107,11 +116,10 @@ def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Operator]
     return lambda plain: Operator(name, schema, plain)
 
 
-def _is_traced(tensors: list[Tensor]) -> bool:
-    """Whether somebody has to see one op and not what it does: a compiler, a mode, a transform, a tensor subclass."""
+def _is_traced() -> bool:
+    """Whether somebody has to see one op and not what it does: a compiler, a mode, a transform."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
     )

@@ -46,7 +46,9 @@ def layout_of(op: str, *tensors: Tensor | None) -> Layout:
         raise ValueError(f"{op}: rows of 2^31 elements or more must be dense, call .contiguous() first")
     dims = [(1, (0,) * len(given))] * (3 - len(dims)) + dims
     inner = iter(zip(*(strides for _, strides in dims), strict=True))
-    strides_of = [(0, 0, 0, 0) if x is None else (x.stride(0), *next(inner)) for x in tensors]
+    # the stride of a single row means nothing, and an odd one would cost the wide accesses
+    outer = iter([x.stride(0) if x.shape[0] > 1 else x.numel() for x in given])
+    strides_of = [(0, 0, 0, 0) if x is None else (next(outer), *next(inner)) for x in tensors]
     return Layout(flat, (dims[1][0], dims[2][0]), strides_of)
 
 

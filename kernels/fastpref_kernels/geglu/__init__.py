@@ -18,10 +18,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, dtype
 
-from ..common.checks import check_floating, check_rows
+from ..common.checks import check_tensor, row_distance
 from ..common.dispatch import use_triton
+from ..common.launch import remembered
 from ..common.operator import operator
 from . import torch as torch_path
 from .triton import launch_backward, launch_forward
@@ -58,6 +59,15 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
 _geglu.register_autograd(_backward, setup_context=_setup_context)
 
 
+@remembered
+def _check(shape: tuple[int, ...], strides: tuple[int, ...], dtype: dtype) -> None:
+    if not dtype.is_floating_point:
+        raise ValueError(f"geglu: hidden must be floating point, got {dtype}")
+    if not shape or shape[-1] == 0 or shape[-1] % 2:
+        raise ValueError(f"geglu: hidden must be (..., 2C), got shape {tuple(shape)}")
+    row_distance("geglu", "hidden", shape, strides)
+
+
 def geglu(hidden: Tensor) -> Tensor:
     """`value * gelu(gate)` for `value, gate = hidden.chunk(2, -1)`, with the exact GELU, not the tanh one.
 
@@ -69,8 +79,6 @@ def geglu(hidden: Tensor) -> Tensor:
     Raises ValueError for a scalar, an odd or empty last dimension, a dtype that is not floating, and strides.
     Source: Shazeer, arXiv 2002.05202, section 2.
     """
-    check_floating("geglu", "hidden", hidden)
-    if hidden.dim() == 0 or hidden.shape[-1] == 0 or hidden.shape[-1] % 2:
-        raise ValueError(f"geglu: hidden must be (..., 2C), got shape {tuple(hidden.shape)}")
-    check_rows("geglu", "hidden", hidden)
+    check_tensor("geglu", "hidden", hidden)
+    _check(hidden.shape, hidden.stride(), hidden.dtype)
     return _geglu(hidden)

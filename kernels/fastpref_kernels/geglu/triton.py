@@ -1,14 +1,21 @@
-"""Kernels and launchers of `geglu`: a program per row and block of columns."""
+"""Kernels and launchers of `geglu`: a program per tile of rows and columns, two 16-byte vectors of each tensor a thread
+in half precision."""
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
-from ..common.checks import check_rows
+from ..common.checks import row_distance
 from ..common.dispatch import jit, tl
+from ..common.launch import Launch, remembered
 
-_BLOCKS = (128, 1024)  # columns of a program: the first that holds a row, or the last
+_TILES = {"narrow": (32, 64), "wide": (8, 256)}  # (rows, columns); the widths of SD1.5 and SDXL are multiples of 256
+_WARPS = 4
 
 
 @jit
@@ -33,28 +40,43 @@ def _phi(gate):
 
 
 @jit
-def _geglu_fwd_kernel(hidden_ptr, out_ptr, row_stride, n_columns, BLOCK_SIZE: tl.constexpr):
-    """A program per row and block of columns."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    mask = column < n_columns
-    source = hidden_ptr + row * row_stride
-    value = tl.load(source + column, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(source + n_columns + column, mask=mask, other=0.0).to(tl.float32)
+def _tile(n_rows, n_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """(rows, columns, which of them are there) of a program."""
+    row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
+    return row, column, (row < n_rows) & (column < n_columns)
+
+
+@jit
+def _geglu_fwd_kernel(
+    hidden_ptr, out_ptr, n_rows, row_stride, n_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """out = value * gelu(gate)."""
+    row, column, mask = _tile(n_rows, n_columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    source = hidden_ptr + row * row_stride + column
+    value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(source + n_columns, mask=mask, other=0.0).to(tl.float32)
     phi, _ = _phi(gate)
     tl.store(out_ptr + row * n_columns + column, (value * (gate * phi)).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
-def _geglu_bwd_kernel(grad_ptr, hidden_ptr, grad_hidden_ptr, row_stride, n_columns, BLOCK_SIZE: tl.constexpr):
+def _geglu_bwd_kernel(
+    grad_ptr,
+    hidden_ptr,
+    grad_hidden_ptr,
+    n_rows,
+    row_stride,
+    n_columns,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
     """dvalue = grad * gelu(gate), dgate = grad * value * (Phi(gate) + gate * density(gate))."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    mask = column < n_columns
-    source = hidden_ptr + row * row_stride
+    row, column, mask = _tile(n_rows, n_columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    source = hidden_ptr + row * row_stride + column
     grad = tl.load(grad_ptr + row * n_columns + column, mask=mask, other=0.0).to(tl.float32)
-    value = tl.load(source + column, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(source + n_columns + column, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(source + n_columns, mask=mask, other=0.0).to(tl.float32)
     phi, density = _phi(gate)
     place = grad_hidden_ptr + 2 * row * n_columns + column
     dtype = grad_hidden_ptr.dtype.element_ty
@@ -62,32 +84,35 @@ def _geglu_bwd_kernel(grad_ptr, hidden_ptr, grad_hidden_ptr, row_stride, n_colum
     tl.store(place + n_columns, (grad * value * (phi + gate * density)).to(dtype), mask=mask)
 
 
-def _block(n_columns: int) -> int:
-    return next((block for block in _BLOCKS if n_columns <= block), _BLOCKS[-1])
+class _Plan(NamedTuple):
+    out: tuple[int, ...]  # shape
+    forward: Launch
+    backward: Launch
 
 
-def _grid(rows: int, n_columns: int) -> tuple[int, int]:
-    return rows, -(-n_columns // _block(n_columns))
+@remembered
+def plan(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> _Plan:
+    """Of a hidden state of that shape; dtype is that of all tensors."""
+    n_columns = shape[-1] // 2
+    n_rows = math.prod(shape[:-1])
+    tile = _TILES["wide" if n_columns >= _TILES["wide"][1] else "narrow"]
+    grid = -(-n_rows // tile[0]), -(-n_columns // tile[1])
+    numbers = n_rows, row_distance("geglu", "hidden", shape, strides), n_columns
+    constants = dict(zip(("BLOCK_ROWS", "BLOCK_COLUMNS"), tile, strict=True))
+    launches = (Launch(kernel, grid, numbers, constants, _WARPS) for kernel in (_geglu_fwd_kernel, _geglu_bwd_kernel))
+    return _Plan((*shape[:-1], n_columns), *launches)
 
 
 def launch_forward(hidden: Tensor) -> Tensor:
-    n_columns = hidden.shape[-1] // 2
-    out = hidden.new_empty(*hidden.shape[:-1], n_columns)
+    found = plan(hidden.shape, hidden.stride(), hidden.dtype)
+    out = hidden.new_empty(found.out)
     if out.numel():
-        rows = out.numel() // n_columns
-        stride = check_rows("geglu", "hidden", hidden)
-        _geglu_fwd_kernel[_grid(rows, n_columns)](hidden, out, stride, n_columns, BLOCK_SIZE=_block(n_columns))
+        found.forward(hidden, out)
     return out
 
 
 def launch_backward(grad: Tensor, hidden: Tensor) -> Tensor:
-    grad = grad.contiguous()
-    n_columns = grad.shape[-1]
     grad_hidden = hidden.new_empty(hidden.shape)
-    if grad.numel():
-        rows = grad.numel() // n_columns
-        stride = check_rows("geglu", "hidden", hidden)
-        _geglu_bwd_kernel[_grid(rows, n_columns)](
-            grad, hidden, grad_hidden, stride, n_columns, BLOCK_SIZE=_block(n_columns)
-        )
+    if grad_hidden.numel():
+        plan(hidden.shape, hidden.stride(), hidden.dtype).backward(grad.contiguous(), hidden, grad_hidden)
     return grad_hidden

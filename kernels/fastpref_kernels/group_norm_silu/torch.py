@@ -76,22 +76,23 @@ def _gradients(
 
 def forward(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, mean (N, G), rstd (N, G), z), the last empty unless it is kept."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, mean and rstd (2, N, G), z), the last empty unless it is kept."""
     dtype, last = accumulation_dtype(x.dtype), is_channels_last(x)
     weight, bias = weight.to(dtype), bias.to(dtype)
     if keeps_z(x):
         z, mean, rstd = _normalise(as_dense(x, last), num_groups, weight, bias, eps, last)
         out = torch.nn.functional.silu(z, inplace=not keep)
-        return out, mean, rstd, z if keep else x.new_empty(0)
+        return out, torch.stack((mean, rstd)), z if keep else x.new_empty(0)
     out = empty_dense(x, last)
-    mean, rstd = (torch.empty(x.shape[0], num_groups, dtype=dtype, device=x.device) for _ in range(2))
+    stats = torch.empty(2, x.shape[0], num_groups, dtype=dtype, device=x.device)
+    mean, rstd = stats.unbind()
     for rows, groups, channels in _chunks(x, num_groups, last):
         upcast, place = as_dense(x[rows, channels].to(dtype), last), (rows, groups)
         count = mean[place].shape[1]
         z, mean[place], rstd[place] = _normalise(upcast, count, weight[channels], bias[channels], eps, last)
         out[rows, channels] = torch.nn.functional.silu(z, inplace=True)
-    return out, mean, rstd, x.new_empty(0)
+    return out, stats, x.new_empty(0)
 
 
 def backward(
@@ -100,14 +101,14 @@ def backward(
     num_groups: int,
     weight: Tensor,
     bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     z: Tensor,
     affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_input, grad_weight, grad_bias), the last two empty unless `affine`."""
     dtype, last = accumulation_dtype(x.dtype), is_channels_last(x)
     full_weight, full_bias = weight.to(dtype), bias.to(dtype)
+    mean, rstd = stats.unbind()
     affine_size = weight.shape[0] if affine else 0
     if keeps_z(x):
         grad, x = as_dense(grad, last), as_dense(x, last)

@@ -1,8 +1,7 @@
-"""The low-rank linear layer by BLAS; the large product is the caller's: `matmul` here, or the kernel."""
+"""The low-rank linear layer by BLAS, on every device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,15 +9,6 @@ import torch
 from torch import Tensor
 
 from ..common.memory_format import rows_of
-
-_Matmul = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
-
-
-def matmul(x: Tensor, weight: Tensor, low: Tensor, up: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """x (M, K) @ weight + low (M, r) @ up + bias; weight (K, N) and up (r, N), or both transposed."""
-    weight, up = (weight.T, up.T) if transposed else (weight, up)
-    out = x @ weight if bias is None else torch.addmm(bias, x, weight)
-    return out.addmm_(low, up)
 
 
 def _as_given(x: Tensor) -> AbstractContextManager[Any]:
@@ -29,17 +19,18 @@ def _as_given(x: Tensor) -> AbstractContextManager[Any]:
 
 def _scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
     """scale * x @ y, rounded once."""
-    return torch.addmm(x.new_zeros(()), x, y, beta=0, alpha=scale)
+    return torch.addmm(x.new_empty(()), x, y, beta=0, alpha=scale)  # beta 0: the first is not read
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float, product: _Matmul
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(y (..., O), t = scale * x A^T (rows, r))."""
     with _as_given(x):
         rows = rows_of(x)
         t = _scaled(rows, lora_a.to(x.dtype).T, scale)
-        y = product(rows, weight, t, lora_b.to(x.dtype), bias, True)
+        y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        y.addmm_(t, lora_b.to(x.dtype).T)
         return y.view(*x.shape[:-1], weight.shape[0]), t
 
 
@@ -53,7 +44,6 @@ def backward(
     scale: float,
     needs_x: bool,
     needs_lora: bool,
-    product: _Matmul,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB), empty where not needed."""
     with _as_given(x):
@@ -61,7 +51,7 @@ def backward(
         u = _scaled(grads, lora_b.to(x.dtype), scale)
         grad_x, grad_a, grad_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
         if needs_x:
-            grad_x = product(grads, weight, u, lora_a.to(x.dtype), None, False).view(x.shape)
+            grad_x = (grads @ weight).addmm_(u, lora_a.to(x.dtype)).view(x.shape)
         if needs_lora:
             grad_a, grad_b = (u.T @ rows).to(lora_a.dtype), (grads.T @ t).to(lora_b.dtype)
         return grad_x, grad_a, grad_b

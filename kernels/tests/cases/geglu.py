@@ -1,4 +1,4 @@
-"""`geglu`: every dtype and block."""
+"""`geglu`: every dtype and tile."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 from torch.nn import functional as F
 
 import fastpref_kernels as fp
-from fastpref_kernels.geglu.triton import _BLOCKS, _geglu_bwd_kernel, _geglu_fwd_kernel
+from fastpref_kernels.geglu.triton import _TILES, _WARPS, _geglu_bwd_kernel, _geglu_fwd_kernel
 
 from .case import BF16, Fault, KernelCase, Row, Workload, on, tensor
 
-SIZES = {"row_stride": "i32", "n_columns": "i32"}
+SIZES = {"n_rows": "i32", "row_stride": "i32", "n_columns": "i32"}
 
 
 def cases() -> list[KernelCase]:
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
-        for block in _BLOCKS:
+        for tile, (rows, columns) in _TILES.items():
             for kernel, short, names in (
                 (_geglu_fwd_kernel, "fwd", ("hidden_ptr", "out_ptr")),
                 (_geglu_bwd_kernel, "bwd", ("grad_ptr", "hidden_ptr", "grad_hidden_ptr")),
@@ -24,12 +24,13 @@ def cases() -> list[KernelCase]:
                 pointers = {name: f"*{dtype}" for name in names}
                 found.append(
                     KernelCase(
-                        name=f"geglu_{short}[{dtype},{block}]",
+                        name=f"geglu_{short}[{dtype},{tile}]",
                         kernel=kernel,
                         signature=pointers | SIZES,
-                        constexprs={"BLOCK_SIZE": block},
+                        constexprs={"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns},
                         aligned=(*pointers, *SIZES),
-                        wide=tuple(pointers) if block == _BLOCKS[-1] else (),
+                        num_warps=_WARPS,
+                        wide=tuple(pointers),
                     )
                 )
     return found

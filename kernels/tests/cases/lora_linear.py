@@ -1,4 +1,4 @@
-"""`lora_linear`: half types, both tiles, forward with and without bias, backward."""
+"""`lora_linear`, which has no kernel of its own."""
 
 from __future__ import annotations
 
@@ -6,33 +6,12 @@ import torch
 from gpu.plain import Inputs
 
 import fastpref_kernels as fp
-from fastpref_kernels.lora_linear.triton import _BLOCK_R, _TILES, _lora_matmul_kernel
 
-from .case import BF16, Fault, KernelCase, Row, Workload, on, tensor
-
-POINTERS = ("x_ptr", "weight_ptr", "low_ptr", "up_ptr", "bias_ptr", "out_ptr")
-SIZES = ("n_rows", "n_columns", "n_inner", "rank", "row_stride")
+from .case import BF16, Fault, KernelCase, Row, Workload, tensor
 
 
 def cases() -> list[KernelCase]:
-    found = []
-    for dtype in ("bf16", "fp16"):
-        for tile, (block_m, block_n, block_k, warps) in _TILES.items():
-            for variant, transposed, has_bias in (("bias", True, True), ("plain", True, False), ("dx", False, False)):
-                flags = {"TRANSPOSED": transposed, "HAS_BIAS": has_bias, "BLOCK_R": _BLOCK_R}
-                found.append(
-                    KernelCase(
-                        name=f"lora_matmul[{dtype},{tile},{variant}]",
-                        kernel=_lora_matmul_kernel,
-                        signature={name: f"*{dtype}" for name in POINTERS} | dict.fromkeys(SIZES, "i32"),
-                        constexprs={**flags, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k},
-                        aligned=(*POINTERS, *SIZES),
-                        num_warps=warps,
-                        wide=("x_ptr", "weight_ptr", "out_ptr"),
-                        min_occupancy=0.125,  # a matrix product hides latency by its pipeline
-                    )
-                )
-    return found
+    return []  # BLAS alone
 
 
 def lora(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Inputs:
@@ -59,31 +38,32 @@ def samples() -> dict[str, tuple]:
     loras = tensor(2, 6, grad=True), tensor(4, 2, grad=True)
     saved = tensor(3, 6), tensor(4, 6), tensor(2, 6), tensor(4, 2), tensor(3, 2)
     return {
-        "lora_linear": (tensor(3, 2, 6, grad=True), tensor(4, 6), tensor(4), *loras, 0.5, False),
-        "lora_linear[mixed]": (tensor(3, 6, dtype=BF16), tensor(4, 6, dtype=BF16), None, *loras, 0.5, False),
-        "lora_linear_backward": (tensor(3, 4), *saved, 0.5, True, True, True),
+        "lora_linear": (tensor(3, 2, 6, grad=True), tensor(4, 6), tensor(4), *loras, 0.5),
+        "lora_linear[mixed]": (tensor(3, 6, dtype=BF16), tensor(4, 6, dtype=BF16), None, *loras, 0.5),
+        "lora_linear_backward": (tensor(3, 4), *saved, 0.5, True, True),
     }
 
 
 ROWS = [
     Row(
-        "`lora_linear(x, weight, bias, lora_a, lora_b, scale, *, blas=False)`",
+        "`lora_linear(x, weight, bias, lora_a, lora_b, scale)`",
         "`x W^T + b + scale (x A^T) B^T`; by element of the output",
         "to `x`, `lora_a`, `lora_b`",
-        "2 (6 with `blas`), and the operands",
+        "6, and the operands",
         "the same",
     ),
 ]
 
-LORA = on("lora_linear", "worked_by_hand or (test_matches_oracle and bfloat16)")
+LORA = ("test_lora_linear.py", "-k", "worked_by_hand or (test_matches_oracle and bfloat16)")
 
 FAULTS = [
-    Fault("rank not masked", "lora_linear/triton.py", "mask_r = r < rank", "mask_r = r < rank + 1", LORA),
     Fault(
-        "bias on every block",
-        "lora_linear/triton.py",
-        "bias_ptr + column, mask=mask_n",
-        "bias_ptr + column * 0, mask=mask_n",
+        "low-rank product instead of the sum",
+        "lora_linear/torch.py",
+        "y.addmm_(t, lora_b.to(x.dtype).T)",
+        "y.addmm_(t, lora_b.to(x.dtype).T, beta=0)",
         LORA,
     ),
+    Fault("scale forgotten", "lora_linear/torch.py", "beta=0, alpha=scale)", "beta=0)", LORA),
+    Fault("gradient of the base alone", "lora_linear/torch.py", ".addmm_(u, lora_a.to(x.dtype))", "", LORA),
 ]

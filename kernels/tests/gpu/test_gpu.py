@@ -1,6 +1,6 @@
 """Every op on the GPU: values and gradients against eager float64 there, no slower than a tenth of copying its bytes.
 
-One command: `make gpu-acceptance`. Timings in full: `python benchmarks/kernels.py`.
+One command: `make gpu-acceptance`. Timings in full: `python benchmarks/op_bench.py`.
 """
 
 from __future__ import annotations

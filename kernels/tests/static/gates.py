@@ -3,8 +3,9 @@
     python kernels/tests/static/gates.py [--write] [--op OP]
 
 Compiles for sm_80, sm_90, sm_100 and gfx942 (no GPU needed) and fails if a kernel spills, uses local memory, takes
-more shared memory than a block has, falls below its occupancy, or reads or writes by less than 16 bytes where the
-layout allows 16; and if the table in kernels/README.md is not what this command would write. --write writes it.
+more shared memory or threads than a block has, falls below its occupancy, or reads or writes by less than 16 bytes
+where the layout allows 16; and if the table in kernels/README.md is not what this command would write. --write writes
+it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from static.targets import TARGETS
 HERE = Path(__file__).parent
 PACKAGE = HERE.parents[1] / "fastpref_kernels"
 WIDE = 16  # bytes
+MAX_THREADS = 1024  # of a block, on every target
 
 
 class Job(NamedTuple):
@@ -100,6 +102,9 @@ def broken_gates(result: Result) -> list[str]:
         wrong.append(f"{found['local']} bytes of local memory")
     if found["shared"] > target.max_shared_block:
         wrong.append(f"{found['shared']} bytes of shared memory, a block may have {target.max_shared_block}")
+    threads = case.num_warps * target.warp_size
+    if threads > MAX_THREADS:
+        wrong.append(f"{threads} threads, a block may have {MAX_THREADS}")
     if found["occupancy"] < case.min_occupancy:
         wrong.append(f"occupancy {found['occupancy']:.0%} with {found['registers']} registers, below its minimum")
     for pointer in case.wide if "widths" in found else ():

@@ -6,6 +6,7 @@ All cases for all targets: `python kernels/tests/static/gates.py`.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import readme
@@ -51,6 +52,15 @@ def test_gates_catch(compiled: dict[str, gates.Result], case: str, complaints: l
     assert len(broken) == len(complaints)
     for line, complaint in zip(broken, complaints, strict=True):
         assert re.match(rf"{case} for sm_90: {complaint}", line)
+
+
+def test_a_block_of_32_waves_of_64_lanes_is_too_large() -> None:
+    job = next(job for job in gates.jobs("geglu", ["gfx942"]))
+    found = {"local": 0, "shared": 0, "registers": 32, "occupancy": 1.0}
+    assert gates.broken_gates(gates.Result(job, found)) == []
+    wide = job._replace(case=replace(job.case, num_warps=32))
+    (complaint,) = gates.broken_gates(gates.Result(wide, found))
+    assert complaint.endswith("2048 threads, a block may have 1024")
 
 
 def test_readme_table_is_current() -> None:

@@ -1,4 +1,4 @@
-"""Every op's CPU path, forward and backward, beside eager and compiled torch; run by `kernels.py cpu`.
+"""Every op's CPU path, forward and backward, beside eager and compiled torch; run by `op_bench.py cpu`.
 
 The compiled form needs a C++ compiler and is skipped without one.
 """
@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernels_workloads import WORKLOADS, Workload, text
+from op_bench_workloads import WORKLOADS, Workload, text
 
-from gpu.workloads import leaves  # isort: skip  # on the path by kernels_workloads
+from gpu.workloads import leaves  # isort: skip  # on the path by op_bench_workloads
 
 FORMS = {
     "fastpref fp32": torch.float32,

@@ -1,19 +1,20 @@
 """The kernels against eager torch: timed on a GPU, counted without one; RPO's CPU path against the matrix form.
 
-    python benchmarks/kernels.py [gpu|counts|cpu|host|rpo …] [--sizes 1024 16384] [--repeats 5] [--plot] [--out FOLDER]
+    python benchmarks/op_bench.py [gpu|counts|cpu|host|launch|rpo …] [--sizes 1024 16384] [--repeats 5] [--plot]
 
     gpu     ms, GB/s, share of the copy bandwidth of the same run, peak memory: fastpref, eager fp32 and bf16, compiled;
             with --short every op at its middle size, fastpref and eager bf16: seconds, nothing is compiled
     counts  bytes per element, launches and peak memory of the interpreted kernels and of eager torch: counts, not times
     cpu     every op's CPU path beside eager fp32, eager bf16 and compiled bf16, by pytest-benchmark; also writes the
-            table of ratios, kernels_cpu.md
+            table of ratios, op_bench_cpu.md
     host    microseconds of a call on tiny tensors, forward and backward: fastpref, the same through torch.library, as
-            under torch.compile, and eager torch; also kernels_host.md
+            under torch.compile, and eager torch; also op_bench_host.md
+    launch  the same on the kernels' path with the launch itself stubbed, beside eager torch; also op_bench_launch.md
     rpo     rpo_loss on the CPU with M = N, D = 256: median, least and most time, and peak memory beyond the inputs,
             each in its own process, in turn with the matrix form; fails above 64 MB or if slower at the largest size
 
-Without a choice: gpu where there is one, else counts and rpo. Rows are kept in benchmarks/results/kernels.csv, a run
-replaces those of its kind; --plot draws kernels_*.png beside it. --skip-without-gpu: where gpu is asked for and there
+Without a choice: gpu where there is one, else counts and rpo. Rows are kept in benchmarks/results/op_bench.csv, a run
+replaces those of its kind; --plot draws op_bench_*.png beside it. --skip-without-gpu: where gpu is asked for and there
 is none, say what is left out instead of failing.
 """
 
@@ -41,11 +42,12 @@ CPU_STATISTICS = {"ms": "median", "ms_q1": "q1", "ms_q3": "q3", "ms_min": "min",
 Row = dict[str, Any]
 
 
-def _child(script: str, *arguments: str, interpreted: bool = False) -> Any:
+def _child(script: str, *arguments: str, **environment: str) -> Any:
     """JSON that a script beside this one prints, from a process of its own."""
-    environment = os.environ | ({"TRITON_INTERPRET": "1"} if interpreted else {})
     command = [sys.executable, str(HERE / script), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True
+    )
     return json.loads(done.stdout)
 
 
@@ -56,7 +58,7 @@ def rpo(sizes: list[int], repeats: int) -> list[Row]:
         found: dict[str, list[Row]] = {"fastpref": [], "eager fp32": []}
         for _ in range(repeats):
             for form, results in found.items():
-                results.append(_child("kernels_rpo.py", form, str(size)))
+                results.append(_child("op_bench_rpo.py", form, str(size)))
         for form, results in found.items():
             times = sorted(1e3 * r["seconds"] for r in results)
             rows.append(
@@ -91,10 +93,10 @@ def broken_claims(rows: list[Row]) -> list[str]:
 
 
 def cpu(folder: Path) -> list[Row]:
-    """Medians and quartiles of pytest-benchmark, and the table of their ratios in kernels_cpu.md."""
+    """Medians and quartiles of pytest-benchmark, and the table of their ratios in op_bench_cpu.md."""
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "benchmark.json"
-        command = [sys.executable, "-m", "pytest", "-q", "-o", f"pythonpath={HERE}", str(HERE / "kernels_cpu.py")]
+        command = [sys.executable, "-m", "pytest", "-q", "-o", f"pythonpath={HERE}", str(HERE / "op_bench_cpu.py")]
         subprocess.run([*command, "--benchmark-only", f"--benchmark-json={out}"], cwd=ROOT, check=True)
         found = json.loads(out.read_text())["benchmarks"]
     rows = [
@@ -107,7 +109,7 @@ def cpu(folder: Path) -> list[Row]:
         }
         for entry in found
     ]
-    _publish(cpu_table(rows), folder / "kernels_cpu.md")
+    _publish(cpu_table(rows), folder / "op_bench_cpu.md")
     return rows
 
 
@@ -138,21 +140,34 @@ def cpu_table(rows: list[Row]) -> str:
 
 
 def host(folder: Path) -> list[Row]:
-    """What a call costs beside the work, and the table in kernels_host.md."""
-    rows: list[Row] = _child("kernels_host.py")
+    """What a call costs beside the work, and the table in op_bench_host.md."""
+    rows: list[Row] = _child("op_bench_host.py")
     forms = list(dict.fromkeys(row["form"] for row in rows))
     lines = []
     for name in dict.fromkeys(row["workload"] for row in rows):
         ms = {row["form"]: row["ms"] for row in rows if row["workload"] == name}
         lines.append([name, *(f"{1e3 * ms[form]:.0f}" for form in forms), f"{ms[forms[0]] / ms[forms[2]]:.2f}"])
     title = f"Microseconds of a call, forward and backward, on tiny tensors, one CPU thread, torch {torch.__version__}."
-    _publish(f"{title}\n\n{markdown(['workload', *forms, 'fastpref / eager'], lines)}", folder / "kernels_host.md")
+    _publish(f"{title}\n\n{markdown(['workload', *forms, 'fastpref / eager'], lines)}", folder / "op_bench_host.md")
+    return rows
+
+
+def launch(folder: Path) -> list[Row]:
+    """What a call costs up to its launches, and the table in op_bench_launch.md."""
+    rows: list[Row] = _child("op_bench_launch.py", FASTPREF_KERNELS_TRITON="1")
+    lines = []
+    for ours, eager in zip(rows[::2], rows[1::2], strict=True):
+        ratio = f"{ours['ms'] / eager['ms']:.2f}"
+        lines.append([ours["workload"], *(f"{1e3 * row['ms']:.0f}" for row in (ours, eager)), ratio])
+    title = f"Microseconds of a call, forward and backward, no kernel run, one CPU thread, torch {torch.__version__}."
+    head = ["workload", *(row["form"] for row in rows[:2]), "fastpref / eager"]
+    _publish(f"{title}\n\n{markdown(head, lines)}", folder / "op_bench_launch.md")
     return rows
 
 
 def _without_gpu() -> str:
     """What `gpu` would have measured."""
-    from kernels_workloads import all_sizes, text
+    from op_bench_workloads import all_sizes, text
 
     lines = [f"skipped: {w.name} at {text(shape)}" for w, shape in all_sizes()]
     return "\n".join([*lines, f"{len(lines)} timings skipped: torch.cuda.is_available() is False"])
@@ -164,13 +179,15 @@ def measure(
     """Rows by kind."""
     measured: dict[str, list[Row]] = {}
     if "gpu" in what:
-        measured["gpu"] = _child("kernels_gpu.py", *(["--short"] if short else []))
+        measured["gpu"] = _child("op_bench_gpu.py", *(["--short"] if short else []))
     if "counts" in what:
-        measured["counts"] = _child("kernels_counts.py", interpreted=True)
+        measured["counts"] = _child("op_bench_counts.py", TRITON_INTERPRET="1")
     if "cpu" in what:
         measured["cpu"] = cpu(folder)
     if "host" in what:
         measured["host"] = host(folder)
+    if "launch" in what:
+        measured["launch"] = launch(folder)
     if "rpo" in what:
         measured["rpo"] = rpo(sizes, repeats)
     return measured
@@ -191,7 +208,7 @@ def _kept(stored: list[dict[str, str]], measured: dict[str, list[Row]], *, short
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", nargs="*", choices=[[], "gpu", "counts", "cpu", "host", "rpo"], help="default: see above"
+        "what", nargs="*", choices=[[], "gpu", "counts", "cpu", "host", "launch", "rpo"], help="default: see above"
     )
     parser.add_argument("--sizes", nargs="+", type=int, default=[64, 256, 1024, 4096, 16384], help="M = N of rpo")
     parser.add_argument("--repeats", type=int, default=5)
@@ -211,12 +228,12 @@ def main() -> int:
     measured = measure(what, options.sizes, options.repeats, options.out, short=options.short)
     if not measured:
         return 0
-    table = options.out / "kernels.csv"
+    table = options.out / "op_bench.csv"
     kept = _kept(read_csv(table), measured, short=options.short)
     origin = provenance() | {"triton": version("triton")}
     write_csv(table, kept + [row | origin for rows in measured.values() for row in rows])
     if options.plot:
-        from kernels_plot import draw
+        from op_bench_plot import draw
 
         draw(read_csv(table), options.out)
     broken = broken_claims(measured["rpo"]) if "rpo" in measured else []

@@ -1,6 +1,6 @@
 """Counts, not times: bytes per element, launches and peak memory, of the interpreted kernels and of eager torch.
 
-Prints JSON for `kernels.py counts`; needs TRITON_INTERPRET=1. At the tests' sizes; a count per element depends little
+Prints JSON for `op_bench.py counts`; needs TRITON_INTERPRET=1. At the tests' sizes; a count per element depends little
 on the size.
 """
 
@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from kernels_workloads import WORKLOADS, Workload, text
+from op_bench_workloads import WORKLOADS, Workload, text
 from torch.profiler import ProfilerActivity, profile
 
-import interpreter  # isort: skip  # on the path by kernels_workloads
+import interpreter  # isort: skip  # on the path by op_bench_workloads
 from eager import Eager  # isort: skip
 from gpu.workloads import gradients, leaves
 

@@ -1,4 +1,4 @@
-"""Every workload on the GPU at real sizes, or at the middle one: prints JSON rows for `kernels.py gpu [--short]`."""
+"""Every workload on the GPU at real sizes, or at the middle one: prints JSON rows for `op_bench.py gpu [--short]`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from devices import forget_peak, name_of, peak_device_bytes, seconds
-from kernels_workloads import Workload, all_sizes, text
+from op_bench_workloads import Workload, all_sizes, text
 
-from gpu.workloads import leaves  # isort: skip  # on the path by kernels_workloads
+from gpu.workloads import leaves  # isort: skip  # on the path by op_bench_workloads
 
 FORMS = ("fastpref", "eager fp32", "eager bf16", "compiled bf16")
 SHORT = ("fastpref", "eager bf16")  # nothing that compiles for seconds

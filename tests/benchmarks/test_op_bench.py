@@ -19,7 +19,7 @@ MILLISECONDS = {"fastpref fp32": 2.0, "eager fp32": 4.0, "fastpref bf16": 3.0, "
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, which has the name of a package."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("benchmarks_kernels", BENCHMARKS / "kernels.py")
+    spec = importlib.util.spec_from_file_location("op_bench", BENCHMARKS / "op_bench.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -33,27 +33,27 @@ def test_host_times_become_microseconds(
     rows = [
         {"kind": "host", "workload": "geglu", "shape": "2x8", "form": form, "ms": value} for form, value in ms.items()
     ]
-    monkeypatch.setattr(bench, "_child", lambda script: rows if script == "kernels_host.py" else [])
-    monkeypatch.setattr(sys, "argv", ["kernels.py", "host", "--out", str(tmp_path / "new")])
+    monkeypatch.setattr(bench, "_child", lambda script: rows if script == "op_bench_host.py" else [])
+    monkeypatch.setattr(sys, "argv", ["op_bench.py", "host", "--out", str(tmp_path / "new")])
     assert bench.main() == 0
-    said = (tmp_path / "new" / "kernels_host.md").read_text()
+    said = (tmp_path / "new" / "op_bench_host.md").read_text()
     assert "| geglu | 90 | 220 | 60 | 1.50 |" in said and said in capsys.readouterr().out
 
 
 def test_the_two_forms_that_are_timed_are_the_two_forms_of_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     """One comes by torch.library, the other does not, and the switch is back afterwards."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import kernels_host
+    import op_bench_host
 
     from fastpref_kernels.common import operator as _operator
 
     op, seen = _operator.REGISTERED["geglu"], []
     registered = op.registered
     monkeypatch.setattr(op, "registered", lambda *x: (seen.append(len(x)), registered(*x))[1])
-    monkeypatch.setattr(kernels_host, "ROUNDS", 2)
-    found = kernels_host.times("geglu")
-    assert list(found) == list(kernels_host.FORMS) and all(len(x) == 2 and min(x) > 0 for x in found.values())
-    assert len(seen) == (2 + kernels_host.WARM_UP) * kernels_host.CALLS
+    monkeypatch.setattr(op_bench_host, "ROUNDS", 2)
+    found = op_bench_host.times("geglu")
+    assert list(found) == list(op_bench_host.FORMS) and all(len(x) == 2 and min(x) > 0 for x in found.values())
+    assert len(seen) == (2 + op_bench_host.WARM_UP) * op_bench_host.CALLS
 
 
 def test_table_and_rows_in_a_folder_that_is_not_there_yet(
@@ -70,11 +70,11 @@ def test_table_and_rows_in_a_folder_that_is_not_there_yet(
         Path(command[-1].partition("=")[2]).write_text(json.dumps({"benchmarks": entries}))
 
     monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=timed))
-    monkeypatch.setattr(sys, "argv", ["kernels.py", "cpu", "--out", str(tmp_path / "new")])
+    monkeypatch.setattr(sys, "argv", ["op_bench.py", "cpu", "--out", str(tmp_path / "new")])
     assert bench.main() == 0
-    said = (tmp_path / "new" / "kernels_cpu.md").read_text()
+    said = (tmp_path / "new" / "op_bench_cpu.md").read_text()
     assert "| geglu | 8x4 | 2 | 4 | 3 | 2 | 0.50 (0.25–1.00) | 1.50 (0.75–3.00) |" in said
-    with (tmp_path / "new" / "kernels.csv").open() as stream:
+    with (tmp_path / "new" / "op_bench.csv").open() as stream:
         rows = {row["form"]: float(row["ms"]) for row in csv.DictReader(stream)}
     assert rows == MILLISECONDS
 

@@ -1,7 +1,7 @@
 """Host time of a call on tensors too small to take any: as eager code calls it, through torch.library, eager torch.
 
 The first two differ in how the call reaches the op, which is the same for Triton kernels; the rest of it is the CPU
-path's own. One thread, forms by turns. Printed as JSON; run by `kernels.py host`.
+path's own. One thread, forms by turns. Printed as JSON; run by `op_bench.py host`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from time import perf_counter
 from unittest.mock import patch
 
 import torch
-from kernels_cpu import NAMES, step_of
-from kernels_workloads import WORKLOADS, text
+from op_bench_cpu import NAMES, step_of
+from op_bench_workloads import WORKLOADS, text
 
 from fastpref_kernels.common import operator as _operator
 
-from gpu.workloads import leaves  # isort: skip  # on the path by kernels_workloads
+from gpu.workloads import leaves  # isort: skip  # on the path by op_bench_workloads
 
 FORMS = {"fastpref": "fastpref fp32", "fastpref, torch.library": "fastpref fp32", "eager": "eager fp32"}
 SHAPES = {
@@ -37,7 +37,7 @@ def times(name: str) -> dict[str, list[float]]:
     for number in range(ROUNDS + WARM_UP):
         for form, kind in FORMS.items():
             traced = _operator._is_traced
-            with patch.object(_operator, "_is_traced", (lambda _: True) if "torch.library" in form else traced):
+            with patch.object(_operator, "_is_traced", (lambda: True) if "torch.library" in form else traced):
                 step = step_of(w, kind, inputs)
                 began = perf_counter()
                 for _ in range(CALLS):

@@ -1,4 +1,4 @@
-"""Plots of kernels.csv."""
+"""Plots of op_bench.csv."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def draw(rows: Rows, folder: Path) -> None:
     """One picture for each kind of measurement that there is."""
     by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in ("rpo", "counts", "cpu", "gpu")}
     if by_kind["rpo"]:
-        _rpo(by_kind["rpo"], folder / "kernels_rpo.png")
+        _rpo(by_kind["rpo"], folder / "op_bench_rpo.png")
     if by_kind["counts"]:
         counted = [row for row in by_kind["counts"] if not row["workload"].startswith("rpo")]
         label = "bytes moved per element, forward and backward (counted)"
-        _bars(counted, "bytes_per_element", label, folder / "kernels_counts.png")
+        _bars(counted, "bytes_per_element", label, folder / "op_bench_counts.png")
     if by_kind["gpu"]:
-        _bars(by_kind["gpu"], "share_of_copy", "share of the copy bandwidth", folder / "kernels_gpu.png")
+        _bars(by_kind["gpu"], "share_of_copy", "share of the copy bandwidth", folder / "op_bench_gpu.png")

@@ -1,6 +1,6 @@
 """One forward and backward of the RPO loss on the CPU: prints its seconds and its peak memory beyond the inputs.
 
-python benchmarks/kernels_rpo.py {fastpref,"eager fp32"} M
+python benchmarks/op_bench_rpo.py {fastpref,"eager fp32"} M
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from kernels_workloads import WORKLOADS
+from op_bench_workloads import WORKLOADS
 
 from fastpref.memory import peak_rss_bytes, resident_bytes
 
