@@ -9,6 +9,7 @@ from tolerances import assert_close, softmax_rounding, sum_rounding
 
 from fastpref_kernels import PairwiseLoss, dpo_loss, rpo_loss
 from fastpref_kernels.rpo_loss import torch as torch_path
+from fastpref_kernels.rpo_loss import triton as kernels
 
 WEIGHTS = ["outside", "inside", "uniform"]
 
@@ -55,7 +56,63 @@ def test_matches_oracle(path: str, m: int, n: int, dim: int, weight: str, dtype:
 def test_wide_embeddings_and_many_columns(path: str) -> None:
     """More than one block of the norms, and tiles that end inside the group."""
     check(torch.randn(3), torch.randn(5), torch.randn(3, 1100), torch.randn(5, 1100), beta=3.0, temperature=0.5)
-    check(torch.randn(2), torch.randn(300), torch.randn(2, 4), torch.randn(300, 4), beta=3.0, temperature=0.5)
+    check(torch.randn(2), torch.randn(300), torch.randn(2, 4), torch.randn(300, 4), beta=3.0, temperature=0.05)
+    # ever more alike, so that each block of columns brings a higher maximum
+    angle = torch.linspace(math.pi, 0.0, 300)
+    losers = torch.stack([angle.cos(), angle.sin()], 1)
+    winners = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    check(torch.randn(2), torch.randn(300), winners, losers, beta=3.0, temperature=0.5)
+
+
+def test_many_rows(path: str) -> None:
+    """More blocks of 16 rows than strips: a program adds to the columns' sums that it left."""
+    check(torch.randn(530), torch.randn(3), torch.randn(530, 4), torch.randn(3, 4), beta=3.0, temperature=0.5)
+
+
+@pytest.mark.parametrize("rows", [256, 384, 512, 1024, 4096, 16384])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_programs_fill_the_card(rows: int, groups: int) -> None:
+    """At least one of either walk for each of an H200's 132 multiprocessors; up to 128 rows one launch less instead."""
+    found = kernels.plan(rows, rows, groups)
+    assert found.softmax is not None and max(found.n_row_strips, found.n_column_strips) <= kernels.STRIPS
+    assert groups * found.n_row_strips * found.n_column_strips >= 132
+    assert groups * -(-rows // kernels.blocks(found.softmax, 2)["BLOCK_M"]) * found.n_column_strips >= 132
+    assert found.column_strip % kernels.blocks(found.softmax, 2)["BLOCK_N"] == 0
+
+
+def fp16_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `prepare_row`, without the scale: float64 values of the parts of unit rows."""
+    x = torch.nn.functional.normalize(x.double()).float() * 2.0**14
+    high = x.half()
+    return high.double() / 2.0**14, (x - high.float()).half().double() / 2.0**14
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.9])
+def test_two_fp16_parts_and_fp32_keep_the_same_bound(alike: float) -> None:
+    """Sums of a tensor core that truncates after every 8 products, against one product at a time rounded to fp32; both
+    within the bound that the tests of the op use."""
+    dim, base = 512, torch.randn(512)
+    w, l = (alike * base + (1 - alike**2) ** 0.5 * torch.randn(24, dim) for _ in range(2))  # noqa: E741
+    exact = torch.nn.functional.normalize(w.double()) @ torch.nn.functional.normalize(l.double()).T
+    (high_w, low_w), (high_l, low_l) = fp16_parts(w), fp16_parts(l)
+
+    def product(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor, step: int) -> torch.Tensor:
+        for k in range(0, dim, step):
+            total = total.double() + a[:, k : k + step] @ b[:, k : k + step].T
+            rounded = total.float()
+            if step > 1:  # towards zero
+                rounded = torch.where(rounded.abs() > total.abs(), torch.nextafter(rounded, 0 * rounded), rounded)
+            total = rounded
+        return total
+
+    zero = torch.zeros(24, 24)
+    small = product(low_w, high_l, product(high_w, low_l, zero, 8), 8)
+    ours = (product(high_w, high_l, zero, 8) + small).double() - exact
+    unit_w, unit_l = (torch.nn.functional.normalize(x).double() for x in (w, l))
+    fp32 = product(unit_w, unit_l, zero, 1).double() - exact
+    assert ours.abs().max() <= 2 * sum_rounding(dim) and fp32.abs().max() <= 2 * sum_rounding(dim)
+    dropped = high_w @ low_l.T + low_w @ high_l.T + high_w @ high_l.T - exact
+    assert dropped.abs().max() <= 10 * 2.0**-24, "of the parts alone: 8 u, and the rounding of either norm"
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)

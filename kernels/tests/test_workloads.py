@@ -114,19 +114,26 @@ def test_bytes_of_a_loss_s_backward(name: str) -> None:
     assert 8 * 2 * 64 <= eager.moved <= 8 * 2 * 64 + 16
 
 
-@pytest.mark.parametrize(("weight", "walks"), [("outside", 2), ("inside", 3), ("uniform", 0)])
-def test_bytes_of_the_embeddings_of_rpo(triton_path: None, weight: str, walks: int) -> None:
-    """65 x 40 contrasts are 3 x 2 tiles of 32; besides, each embedding is read once for its norm."""
-    assert states(
-        "rpo_loss", '2 * BLOCK * D embedding elements per tile of BLOCK x BLOCK contrasts, twice ("inside" th'
-    )
-    dim, tiles = 96, 3 * 2
-    emb_w, emb_l = torch.randn(65, dim).bfloat16(), torch.randn(40, dim).bfloat16()
+@pytest.mark.parametrize(
+    ("weight", "columns", "walks"), [("outside", 140, 2), ("inside", 140, 2), ("inside", 40, 1), ("uniform", 40, 0)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bytes_of_the_embeddings_of_rpo(
+    triton_path: None, weight: str, columns: int, walks: int, dtype: torch.dtype
+) -> None:
+    """140 columns are tiles of 16 x 16 and two walks; 40 fit one of 16 x 128. An embedding is read twice, for its norm
+    and for its parts, and 65 of 96 elements are padded to 128."""
+    assert states("rpo_loss", "(BLOCK_M + BLOCK_N) * D * parts fp16 elements per tile and walk")
+    rows, dim, padded, parts = 65, 96, 128, 1 if dtype == torch.bfloat16 else 2
+    block_n, tiles = (128, 5) if columns == 40 else (16, 5 * 9)
+    emb_w, emb_l = torch.randn(rows, dim).to(dtype), torch.randn(columns, dim).to(dtype)
     with interpreter.traffic() as launches:
-        fp.rpo_loss(torch.randn(65), torch.randn(40), emb_w, emb_l, beta=1.0, temperature=0.5, weight=weight)
-    stated = 2 * (walks * tiles * 2 * 32 * dim + (65 + 40) * dim if walks else 0)
+        fp.rpo_loss(torch.randn(rows), torch.randn(columns), emb_w, emb_l, beta=1.0, temperature=0.5, weight=weight)
+    assert len(launches) == 2 + walks
+    prepared = (rows + columns) * (2 * dim * dtype.itemsize + padded * parts * 2) if walks else 0
+    stated = walks * tiles * (16 + block_n) * padded * parts * 2 + prepared
     moved = sum(x.read + x.written for x in launches)
-    numbers = 4 * 16 * tiles * 32  # of the tiles' rows and columns: rewards, norms, state
+    numbers = 4 * 32 * tiles * (16 + block_n) * max(walks, 1)  # of the tiles' rows and columns: rewards, scales, sums
     assert stated <= moved <= stated + numbers
 
 

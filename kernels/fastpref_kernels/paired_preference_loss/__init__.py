@@ -5,7 +5,8 @@
     dL/dpred_i = dL/dreward_i * -2/(C*H*W) * (pred_i - target_i)
 
 Launches: DPO 2 forward (sums over chunks of the rows; loss and dL/dreward) and 1 backward. RPO 3 forward (chunk sums
-and the embeddings' norms; a row and a column kernel, which add up the rewards they need) and 1 backward, so 4.
+and the embeddings' parts; contrasts, with the rewards they need; their sums) and 1 backward, so 4; one more for the
+softmax where a contrast group has more than 128 pairs.
 Memory: besides its inputs autograd keeps dL/dreward, 2N numbers; forward scratch is 2N * chunks of a row.
 Bytes per element as in `implicit_reward`, which shares the kernels; results are reproducible, without atomics.
 Source: Diffusion-DPO, arXiv 2311.12908, equation 14; Diffusion-RPO, arXiv 2406.06382.
@@ -140,7 +141,8 @@ def paired_preference_loss(
     weight: Weight = "outside",
     group_size: int | None = None,
 ) -> PairedPreferenceLoss:
-    """DPO or RPO of a stacked prediction [N winners; N losers], in at most four kernel launches with the backward.
+    """DPO or RPO of a stacked prediction [N winners; N losers], in at most five kernel launches with the backward,
+    four but for RPO in contrast groups of more than 128 pairs.
 
     pred, target, ref_pred, ref_error: as in `implicit_reward`, 2N rows; row i and row N + i are a pair.
     beta: > 0, for rewards that are means over C*H*W; as a scalar tensor (`dpo_loss`) it costs three launches more.

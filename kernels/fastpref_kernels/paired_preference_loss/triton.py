@@ -11,7 +11,8 @@ from ..common.pairwise import Rewards
 from ..dpo_loss.triton import launch as launch_dpo
 from ..implicit_reward.targets import Source
 from ..implicit_reward.triton import arguments, chunk_sums
-from ..rpo_loss.triton import Similarity, inverse_norm, norm_block
+from ..rpo_loss.embeddings import block, empty, prepare
+from ..rpo_loss.triton import Similarity
 from ..rpo_loss.triton import launch as launch_rpo
 from .torch import Settings
 
@@ -28,10 +29,12 @@ def _paired_chunk_kernel(
     partial_ptr,
     emb_w_ptr,
     emb_l_ptr,
-    norm_ptr,
+    parts_ptr,
+    scale_ptr,
     n_pairs,
     n_chunks,
     dim,
+    padded,
     ref_error_stride,
     emb_w_row,
     emb_w_d,
@@ -55,7 +58,7 @@ def _paired_chunk_kernel(
     ref_2,
     HAS_REF: tl.constexpr,
     HAS_REF_ERROR: tl.constexpr,
-    HAS_EMB: tl.constexpr,
+    PARTS: tl.constexpr,
     KEYED: tl.constexpr,
     VELOCITY: tl.constexpr,
     STRIDED: tl.constexpr,
@@ -63,7 +66,7 @@ def _paired_chunk_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """A program per row and chunk: partial (2N, chunks) of the reward times C*H*W. The first of a row also adds the
-    stored error of the reference, and takes the inverse norm of its embedding."""
+    stored error of the reference, and prepares its embedding; PARTS: 0 without embeddings."""
     program = tl.program_id(0).to(tl.int64)
     row = program // n_chunks
     chunk = program % n_chunks
@@ -94,13 +97,10 @@ def _paired_chunk_kernel(
         ref_error = tl.load(ref_error_ptr + row * ref_error_stride).to(tl.float32)
         reward += tl.where(chunk == 0, ref_error * n_elements, 0.0)
     tl.store(partial_ptr + program, reward)
-    if HAS_EMB:  # noqa: SIM102 (a constant, and a condition at run time)
+    if PARTS:  # noqa: SIM102 (a constant, and a condition at run time)
         if chunk == 0:
-            if row < n_pairs:
-                tl.store(norm_ptr + row, inverse_norm(emb_w_ptr, row, emb_w_row, emb_w_d, dim, BLOCK_D))
-            else:
-                norm = inverse_norm(emb_l_ptr, row - n_pairs, emb_l_row, emb_l_d, dim, BLOCK_D)
-                tl.store(norm_ptr + row, norm)
+            winners, losers = (emb_w_ptr, emb_w_row, emb_w_d), (emb_l_ptr, emb_l_row, emb_l_d)
+            prepare(winners, losers, row, n_pairs, dim, padded, parts_ptr, scale_ptr, PARTS, BLOCK_D)
 
 
 def launch(
@@ -112,15 +112,16 @@ def launch(
     emb_l: Tensor | None,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, effective contrasts, accuracy, reward (2N,), dL/dreward (2N,)) in two (DPO) or three (RPO) launches."""
+    """(loss, effective contrasts, accuracy, reward (2N,), dL/dreward (2N,)) in two (DPO) to four launches."""
     n_rows, (pointers, numbers, flags, n_chunks) = pred.shape[0], arguments(pred, source, ref_pred)
     n_pairs = n_rows // 2
     partial = torch.empty(n_rows, n_chunks, dtype=torch.float32, device=pred.device)
     slope = torch.empty(n_rows, dtype=torch.float32, device=pred.device)
-    norm = None if emb_w is None else torch.empty_like(slope)
-    embeddings, strides, dim = (slope, slope, slope), (0, 0, 0, 0), 0  # never read
-    if emb_w is not None and emb_l is not None and norm is not None:
-        embeddings, strides, dim = (emb_w, emb_l, norm), (*emb_w.stride(), *emb_l.stride()), emb_w.shape[1]
+    prepared, embeddings, sizes = None, (slope,) * 4, (0,) * 6  # never read
+    if emb_w is not None and emb_l is not None:
+        prepared = empty(emb_w, emb_l)
+        embeddings = emb_w, emb_l, prepared.parts, prepared.scale
+        sizes = emb_w.shape[1], prepared.padded, *emb_w.stride(), *emb_l.stride()
     _paired_chunk_kernel[(n_rows * n_chunks,)](
         *pointers,
         slope if ref_error is None else ref_error,
@@ -128,14 +129,14 @@ def launch(
         *embeddings,
         n_pairs,
         n_chunks,
-        dim,
+        *sizes[:2],
         0 if ref_error is None else ref_error.stride(0),
-        *strides,
+        *sizes[2:],
         *numbers,
         HAS_REF=ref_pred is not None,
         HAS_REF_ERROR=ref_error is not None,
-        HAS_EMB=norm is not None,
-        BLOCK_D=norm_block(dim),
+        PARTS=0 if prepared is None else prepared.n_parts,
+        BLOCK_D=block(sizes[0]),
         **flags,
     )
     winners, losers = (Rewards(x, 1.0 / numbers[0]) for x in (partial[:n_pairs], partial[n_pairs:]))
@@ -143,5 +144,5 @@ def launch(
     beta, label_smoothing, temperature, weight, groups = settings
     if weight == "dpo":
         return *launch_dpo(winners, losers, *grads, beta, label_smoothing), slope
-    similarity = Similarity(emb_w, emb_l, norm, temperature, weight, groups)
+    similarity = Similarity(prepared, temperature, weight, groups)
     return *launch_rpo(winners, losers, similarity, *grads, beta), slope

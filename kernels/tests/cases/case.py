@@ -35,6 +35,9 @@ class KernelCase:
     num_stages: int = 3
     wide: tuple[str, ...] = ()  # pointers whose every global access is 16 bytes on NVIDIA when `aligned` holds
     min_occupancy: float = 0.25  # theoretical, of the threads of a multiprocessor
+    tensor_cores: bool = False  # its products must be matrix instructions
+    max_registers: int | None = None  # as the launch says, on NVIDIA; None leaves it to ptxas
+    scalars_in_lanes: int = 0  # scalar registers that gfx942 may keep in lanes of vector registers
 
     def __post_init__(self) -> None:
         arguments = [name for name in self.kernel.arg_names if name not in self.constexprs]

@@ -9,33 +9,46 @@ from torch.nn import functional as F
 
 import fastpref_kernels as fp
 from fastpref_kernels.paired_preference_loss.triton import _paired_chunk_kernel
-from fastpref_kernels.rpo_loss.triton import norm_block
+from fastpref_kernels.rpo_loss.embeddings import block as row_block
 
 from .case import Fault, KernelCase, Row, Workload, on, tensor
 from .implicit_reward import LARGE, SMALL, STRIDED, TARGETS, launch
 
 
-def case(target: str, ref: bool, embeddings: bool, strided: bool, block: dict) -> KernelCase:
-    own = dict.fromkeys(("ref_error_ptr", "partial_ptr", "emb_w_ptr", "emb_l_ptr", "norm_ptr"), "*fp32")
-    numbers = ("n_pairs", "n_chunks", "dim", "ref_error_stride", "emb_w_row", "emb_w_d", "emb_l_row", "emb_l_d")
+def case(target: str, ref: bool, parts: int, strided: bool, block: dict) -> KernelCase:
+    """parts: of embeddings as `rpo_loss` prepares them, in fp32 where it is 2; 0 without embeddings."""
+    own = {"ref_error_ptr": "*fp32", "partial_ptr": "*fp32"}
+    own |= dict.fromkeys(("emb_w_ptr", "emb_l_ptr"), "*bf16" if parts == 1 else "*fp32")
+    own |= {"parts_ptr": "*fp16" if parts else "*fp32", "scale_ptr": "*fp32"}
+    numbers = (
+        "n_pairs",
+        "n_chunks",
+        "dim",
+        "padded",
+        "ref_error_stride",
+        "emb_w_row",
+        "emb_w_d",
+        "emb_l_row",
+        "emb_l_d",
+    )
     own |= dict.fromkeys(numbers, "i32")
     given = launch("bf16", "ref", own, target, strided, {"HAS_REF": ref, "HAS_REF_ERROR": not ref}, block)
-    given["constexprs"] |= {"HAS_EMB": embeddings, "BLOCK_D": norm_block(768 if embeddings else 0)}
-    if embeddings:  # dense rows: a stride of 1 is a constant of the compiled kernel
+    given["constexprs"] |= {"PARTS": parts, "BLOCK_D": row_block(768 if parts else 0)}
+    if parts:  # dense rows: a stride of 1 is a constant of the compiled kernel
         given["constexprs"] |= {"emb_w_d": 1, "emb_l_d": 1}
         given["signature"] = {k: v for k, v in given["signature"].items() if k not in ("emb_w_d", "emb_l_d")}
-    words = [target, *["ref"] * ref, *["rpo"] * embeddings, *["strided"] * strided, str(block["BLOCK_SIZE"])]
+    words = [target, *["ref"] * ref, *[f"rpo {parts}"] * (parts > 0), *["strided"] * strided, str(block["BLOCK_SIZE"])]
     return KernelCase(f"paired_preference_loss[{','.join(words)}]", _paired_chunk_kernel, **given)
 
 
 def cases() -> list[KernelCase]:
     return [
-        case(target, ref, embeddings, block is STRIDED, block)
+        case(target, ref, parts, block is STRIDED, block)
         for target in TARGETS
         for ref in (False, True)
-        for embeddings in (False, True)
+        for parts in (0, 1, 2)
         for block in (SMALL, LARGE, STRIDED)
-        if block is LARGE or not embeddings
+        if block is LARGE or not parts
     ]
 
 
@@ -76,7 +89,7 @@ ROWS = [
         '`paired_preference_loss(pred, target, *, beta, ref_pred=None, ref_error=None, kind="dpo", ...)`',
         (
             "`dpo_loss` or `rpo_loss` of the implicit rewards of `[winners; losers]`, at most 4 launches with the"
-            " backward"
+            " backward, 5 for RPO in groups of more than 128 pairs"
         ),
         "to `pred`",
         "as `implicit_reward`",

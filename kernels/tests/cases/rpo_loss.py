@@ -9,90 +9,104 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastpref_kernels as fp
+from fastpref_kernels.common.pairwise import chunk_block
+from fastpref_kernels.rpo_loss import embeddings
 from fastpref_kernels.rpo_loss import triton as kernels
 
 from .case import Fault, KernelCase, Row, Workload, on, tensor
 
-ALIGNED = ("emb_w_ptr", "emb_l_ptr", "norm_ptr", "reward_ptr", "state_ptr", "dim", "emb_w_row", "emb_l_row")
+TILES = ("middle", "small", "single", "single, narrow")
+PARTS = {"bf16": 1, "fp32": 2}
+STATE = {"parts_ptr": "*fp16", "scale_ptr": "*fp32", "reward_ptr": "*fp32", "state_ptr": "*fp32"}
 
 
-def common(kernel, pointers: tuple[str, ...], numbers: tuple[str, ...], weight: str, chunks: int, dtype: str) -> dict:
-    """Everything of a case but its name; what is 1 in a launch is a constant of the compiled kernel."""
-    flags = kernels.row_blocks(weight, chunks) if kernel is kernels._rpo_row_kernel else kernels.column_blocks(chunks)
-    ones = ["emb_w_d", "emb_l_d"] + ["n_chunks", "w_stride", "l_stride"] * (chunks == 1)
-    signature = {name: f"*{dtype}" if name.startswith("emb") else "*fp32" for name in pointers}
-    signature |= dict.fromkeys(numbers, "i32")
-    signature |= dict.fromkeys(("reward_scale", "beta", "grad_scale", "temperature"), "fp32")
-    constants = {name: 1 for name in ones if name in numbers}
-    constants |= {"UNIFORM": weight == "uniform", "INSIDE": weight == "inside"}
-    constants |= {name: flags[name] for name in ("BLOCK", "BLOCK_CHUNKS", "BLOCK_D")}
-    return {
-        "kernel": kernel,
-        "signature": {name: kind for name, kind in signature.items() if name not in constants},
-        "constexprs": constants,
-        "aligned": ALIGNED,
-        "num_warps": flags["num_warps"],
-        "num_stages": flags["num_stages"],
-    }
-
-
-def row(weight: str, chunks: int, pairs: bool, dtype: str = "fp32") -> KernelCase:
-    pointers = ("reward_w_ptr", "reward_l_ptr", "emb_w_ptr", "emb_l_ptr", "norm_ptr", "reward_ptr")
-    numbers = ("n_winners", "rows", "columns", "dim", "n_chunks", "w_stride", "l_stride")
-    strides = ("emb_w_row", "emb_w_d", "emb_l_row", "emb_l_d")
-    case = common(
-        kernels._rpo_row_kernel,
-        (*pointers, "state_ptr", "grad_w_ptr"),
-        (*numbers, *strides),
-        weight,
-        chunks,
-        dtype,
-    )
-    case["constexprs"] |= {"PAIRS": pairs}
-    words = [weight, dtype, *["chunks"] * (chunks > 1), *["pairs"] * pairs]
-    return KernelCase(f"rpo_loss_rows[{','.join(words)}]", **case)
-
-
-def column(weight: str, chunks: int, dtype: str = "fp32") -> KernelCase:
-    pointers = ("reward_l_ptr", "emb_w_ptr", "emb_l_ptr", "norm_ptr", "reward_ptr", "state_ptr")
-    numbers = ("n_winners", "rows", "columns", "dim", "n_chunks", "l_stride")
-    strides = ("emb_w_row", "emb_w_d", "emb_l_row", "emb_l_d")
-    case = common(
-        kernels._rpo_column_kernel,
-        (*pointers, "grad_l_ptr", "loss_ptr", "effective_ptr", "accuracy_ptr"),
-        (*numbers, *strides),
-        weight,
-        chunks,
-        dtype,
-    )
-    words = [weight, dtype, *["chunks"] * (chunks > 1)]
-    return KernelCase(f"rpo_loss_columns[{','.join(words)}]", **case)
-
-
-def norms(dtype: str, block: int) -> KernelCase:
+def prepare(dtype: str, dim: int) -> KernelCase:
+    sizes = ("n_winners", "w_row", "l_row", "dim", "padded")
     return KernelCase(
-        f"rpo_loss_norms[{dtype},{block}]",
-        kernels._inverse_norm_kernel,
+        f"rpo_loss_prepare[{dtype},{embeddings.block(dim)}]",
+        embeddings._rpo_prepare_kernel,
         {
-            **{"emb_w_ptr": f"*{dtype}", "emb_l_ptr": f"*{dtype}", "norm_ptr": "*fp32", "n_winners": "i32"},
-            **{"w_row": "i32", "l_row": "i32", "dim": "i32"},
+            **{"emb_w_ptr": f"*{dtype}", "emb_l_ptr": f"*{dtype}", "parts_ptr": "*fp16", "scale_ptr": "*fp32"},
+            **dict.fromkeys(sizes, "i32"),
         },
-        {"w_d": 1, "l_d": 1, "BLOCK_D": block},
-        ("emb_w_ptr", "emb_l_ptr", "norm_ptr", "w_row", "l_row", "dim"),
+        {"w_d": 1, "l_d": 1, "PARTS": PARTS[dtype], "BLOCK_D": embeddings.block(dim)},
+        ("emb_w_ptr", "emb_l_ptr", "parts_ptr", "scale_ptr", *sizes),
+    )
+
+
+def tiles(tile: str, parts: int) -> tuple[dict[str, int], dict]:
+    """Constants of a tile; options, as a case names them. The loads of a product are ahead of it, so that few warps
+    are enough; scalars that gfx942 keeps in lanes of a vector register leave memory alone."""
+    constants = dict(kernels.blocks(tile, parts))
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    constants.pop("maxnreg", None)  # only where there is a GPU
+    limits = {"max_registers": kernels.MAX_REGISTERS, "min_occupancy": 0.125, "scalars_in_lanes": 192}
+    return constants, options | limits
+
+
+def softmax(tile: str, dtype: str) -> KernelCase:
+    constants, options = tiles(tile, PARTS[dtype])
+    pointers = {name: STATE[name] for name in ("parts_ptr", "scale_ptr", "state_ptr")}
+    sizes = ("n_winners", "rows", "columns", "padded", "column_strip", "n_column_strips")
+    return KernelCase(
+        f"rpo_loss_softmax[{tile.split()[1]},{dtype}]",
+        kernels._rpo_softmax_kernel,
+        {**pointers, **dict.fromkeys(sizes, "i32"), "logit_scale": "fp32"},
+        constants,
+        (*pointers, "padded", "column_strip"),
+        tensor_cores=True,
+        **options,
+    )
+
+
+def contrast(tile: str, weight: str, dtype: str, chunks: int = 1, pairs: bool = True) -> KernelCase:
+    """What is 1 in a launch is a constant of the compiled kernel."""
+    uniform = weight == "uniform"
+    constants, options = tiles(tile, PARTS[dtype])
+    ones = dict.fromkeys(("n_chunks", "w_stride", "l_stride"), 1) if chunks == 1 else {}
+    pointers = {"reward_w_ptr": "*fp32", "reward_l_ptr": "*fp32"} | STATE
+    sizes = ("n_winners", "n_losers", "rows", "columns", "padded", "n_chunks", "w_stride", "l_stride")
+    sizes += ("row_strip", "column_strip", "n_row_strips", "n_column_strips")
+    signature = {**pointers, **dict.fromkeys(sizes, "i32")}
+    signature |= dict.fromkeys(("reward_scale", "half_beta", "logit_scale"), "fp32")
+    flags = {"UNIFORM": uniform, "INSIDE": weight == "inside", "PAIRS": pairs, "SINGLE": tile.startswith("single")}
+    strips = {"BLOCK_STRIPS": kernels.MERGED, "BLOCK_CHUNKS": chunk_block(chunks)}
+    words = [tile, weight, dtype, *["chunks"] * (chunks > 1), *["pairs"] * pairs]
+    return KernelCase(
+        f"rpo_loss_contrast[{','.join(words)}]",
+        kernels._rpo_contrast_kernel,
+        {name: kind for name, kind in signature.items() if name not in ones},
+        {**ones, **flags, **constants, **strips},
+        (*pointers, "padded", "row_strip", "column_strip"),
+        tensor_cores=not uniform,
+        **options,
+    )
+
+
+def finish(inside: bool, pairs: bool) -> KernelCase:
+    pointers = ("state_ptr", "grad_w_ptr", "grad_l_ptr", "loss_ptr", "effective_ptr", "accuracy_ptr")
+    sizes = ("n_winners", "n_losers", "columns", "n_row_strips", "n_column_strips", "programs")
+    return KernelCase(
+        f"rpo_loss_finish[{','.join(['inside' if inside else 'outside', *['pairs'] * pairs])}]",
+        kernels._rpo_finish_kernel,
+        {**dict.fromkeys(pointers, "*fp32"), **dict.fromkeys(sizes, "i32"), "grad_scale": "fp32"},
+        {"INSIDE": inside, "PAIRS": pairs, "BLOCK": kernels.FINISH, "BLOCK_STRIPS": kernels.STRIPS},
+        pointers,
     )
 
 
 def cases() -> list[KernelCase]:
-    found = []
-    for weight in ("outside", "inside", "uniform"):
-        found += [row(weight, 1, False), row(weight, 1, True), column(weight, 1)]
-        found += [row(weight, 128, True), column(weight, 128)]
-    found += [row("outside", 1, True, "bf16"), column("outside", 1, "bf16")]
-    return found + [
-        norms(dtype, block)
-        for dtype in ("fp32", "bf16")
-        for block in (kernels.norm_block(256), kernels.norm_block(768))
-    ]
+    found = [prepare(dtype, dim) for dtype in PARTS for dim in (256, 768)]
+    found += [softmax(f"softmax, {tile}", dtype) for tile in ("large", "middle", "small") for dtype in PARTS]
+    for tile in TILES:
+        weights = ("outside", "inside")
+        found += [contrast(tile, weight, dtype) for weight in weights for dtype in PARTS]
+        found += [contrast(tile, weight, "fp32", chunks=128) for weight in weights]
+        found += [contrast(tile, weight, "fp32", pairs=False) for weight in weights]
+        found += [
+            contrast(tile, "uniform", "bf16", chunks, pairs) for chunks, pairs in ((1, True), (128, True), (1, False))
+        ]
+    return found + [finish(inside, pairs) for inside in (False, True) for pairs in (False, True)]
 
 
 def pairwise(weight: str, i: Inputs) -> tuple[Tensor, ...]:
@@ -145,44 +159,49 @@ ROWS = [
 
 RPO_SIZES = on("rpo_loss", "test_matches_oracle and float32 and 33")
 RPO = on("rpo_loss", "worked_by_hand or (test_contrast_groups and (12 or 36))")
+RPO_WALKS = on("rpo_loss", "many_columns")
+
+
+def fault(what: str, old: str, new: str, tests: tuple[str, ...], file: str = "triton") -> Fault:
+    return Fault(what, f"rpo_loss/{file}.py", old, new, tests)
+
 
 FAULTS = [
-    Fault(
+    fault(
         "epsilon of the norm",
-        "rpo_loss/triton.py",
         "tl.sqrt(tl.sum(total, axis=0)), 1e-12)",
         "tl.sqrt(tl.sum(total, axis=0)), 1.0)",
         on("rpo_loss", "test_matches_oracle and float32 and 7"),
+        "embeddings",
     ),
-    Fault(
+    fault("embeddings of one part", "(x - high.to(tl.float32))", "(x - x)", RPO_WALKS, "embeddings"),
+    fault(
         "columns beyond the group",
-        "rpo_loss/triton.py",
-        "tl.where(mask_j[None, :], cosine * norm_w",
-        "tl.where(mask_j[None, :] | True, cosine * norm_w",
+        "tl.where(mask_j[None, :], product",
+        "tl.where(mask_j[None, :] | True, product",
         RPO_SIZES,
     ),
-    Fault("older sums not rescaled", "rpo_loss/triton.py", "loss = factor * loss", "loss = loss", RPO),
-    Fault(
+    fault("a small product left out", "small = tl.dot(w_rest, l, small)", "small = small", RPO_WALKS),
+    fault(
         "online softmax rescaled the wrong way",
-        "rpo_loss/triton.py",
         "tl.where(total > 0.0, maximum - higher, 0.0)",
         "tl.where(total > 0.0, higher - maximum, 0.0)",
-        RPO,
+        RPO_WALKS,
     ),
-    Fault("entropy without its shift", "rpo_loss/triton.py", "(moment + shift * total)", "moment", RPO),
-    Fault(
+    fault("entropy without its shift", "(moment + shift * total)", "moment", RPO_WALKS),
+    fault("strips merged unscaled", "tl.sum(factor * totals, axis=0)", "tl.sum(totals, axis=0)", RPO_WALKS),
+    fault(
         "group of the losers",
-        "rpo_loss/triton.py",
-        "j = _clamped(group, local_j, columns)\n        l = rewards_of",
-        "j = _clamped(0, local_j, columns)\n        l = rewards_of",
+        "j = _clamped(group, local_j, columns)\n            if UNIFORM",
+        "j = _clamped(0, local_j, columns)\n            if UNIFORM",
         RPO,
     ),
-    Fault(
-        "slope of the columns",
-        "rpo_loss/triton.py",
-        "if INSIDE:\n            u = omega * u\n",
-        "if not INSIDE:\n            u = omega * u\n",
+    fault("columns of earlier rows forgotten", "earlier + column, mask", "column, mask", on("rpo_loss", "many_rows")),
+    fault(
+        "softmax sum not applied",
+        "omega *= tl.where(mask_i, 1.0 / total, 0.0)",
+        "omega *= tl.where(mask_i, 1.0, 0.0)",
         RPO,
     ),
-    Fault("softmax sum not applied", "rpo_loss/triton.py", "            loss = loss / total\n", "", RPO),
+    fault("rows beyond the group", "omega *= tl.where(mask_i, 1.0 / total, 0.0)", "omega *= (1.0 / total)", RPO_SIZES),
 ]

@@ -94,7 +94,8 @@ def machine_code(cubin: bytes) -> bytes:
 
 
 def instructions(cubins: list[bytes], tools: Path, architecture: str) -> list[dict[str, int]]:
-    """Of each cubin, how many instructions touch local memory, and how many touch global memory by 16 bytes or more.
+    """Of each cubin, how many instructions touch local memory, how many touch global memory by 16 bytes or more, and
+    how many multiply matrices.
 
     All code is disassembled in one go, since the disassembler takes longer to start than to work.
     Raises RuntimeError if a kernel has no end.
@@ -111,7 +112,9 @@ def instructions(cubins: list[bytes], tools: Path, architecture: str) -> list[di
         if "EXIT" not in operations:
             raise RuntimeError(f"nvdisasm: nothing to read in {sass[:200]!r}")
         wide = sum(bool(re.match(r"(LDG|STG|LDGSTS)\..*\b(128|256)\b", name)) for name in operations)
-        found.append({"spills": sum(name.startswith(("LDL", "STL")) for name in operations), "wide": wide})
+        matrix = sum(bool(re.match(r"[HQUIDO]\w*MMA\b", name)) for name in operations)
+        spills = sum(name.startswith(("LDL", "STL")) for name in operations)
+        found.append({"spills": spills, "wide": wide, "matrix": matrix})
     return found
 
 
@@ -120,7 +123,8 @@ def _output(*command: str | Path) -> str:
 
 
 def amd(assembly: str) -> dict[str, int]:
-    """The same of a gfx kernel; spills are vector and scalar registers spilled, local memory is scratch."""
+    """The same of a gfx kernel: spills are vector registers in memory, local memory is scratch, and scalars are scalar
+    registers spilled, to lanes of vector registers unless there is local memory."""
 
     def number(key: str) -> int:
         found = re.search(rf"\.{key}:\s+(\d+)", assembly)
@@ -131,5 +135,7 @@ def amd(assembly: str) -> dict[str, int]:
     return {
         "registers": number("vgpr_count"),
         "local": number("private_segment_fixed_size"),
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "spills": number("vgpr_spill_count"),
+        "scalars": number("sgpr_spill_count"),
+        "matrix": len(re.findall(r"^\s*v_mfma_", assembly, re.M)),
     }

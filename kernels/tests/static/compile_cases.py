@@ -46,7 +46,16 @@ def _version() -> str:
 
 def _place(case: KernelCase, target: Target) -> Path:
     """The cache file of a result."""
-    shape = (case.signature, case.constexprs, case.aligned, case.num_warps, case.num_stages, target, _version())
+    shape = (
+        case.signature,
+        case.constexprs,
+        case.aligned,
+        case.num_warps,
+        case.num_stages,
+        case.max_registers,
+        target,
+        _version(),
+    )
     return CACHE / (hashlib.sha256(f"{case.kernel.cache_key}{shape}".encode()).hexdigest() + ".json")
 
 
@@ -67,6 +76,8 @@ def compile_case(case: KernelCase, target: Target) -> Any:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.max_registers and target.backend == "cuda":
+        options["maxnreg"] = case.max_registers
     return triton.compile(source, GPUTarget(target.backend, target.arch, target.warp_size), options)
 
 

@@ -111,6 +111,10 @@ def broken_gates(result: Result) -> list[str]:
         widths = found["widths"][pointer]
         if not widths or min(widths) < WIDE:
             wrong.append(f"{pointer} is accessed by {widths} bytes")
+    if found.get("scalars", 0) > case.scalars_in_lanes:
+        wrong.append(f"{found['scalars']} scalar registers spilled, may be {case.scalars_in_lanes}")
+    if case.tensor_cores and not found["matrix"]:
+        wrong.append("no matrix instruction")
     if case.wide and found.get("wide") == 0:
         wrong.append("no access of 16 bytes in the machine code")
     return [f"{result.name}: {what}" for what in wrong]
@@ -135,7 +139,21 @@ def source_hash() -> str:
     for op, cases in all_cases().items():
         for c in cases:
             kernel = c.kernel.__name__
-            parts.append(repr((op, c.name, kernel, c.signature, c.constexprs, c.aligned, c.num_warps, c.num_stages)))
+            parts.append(
+                repr(
+                    (
+                        op,
+                        c.name,
+                        kernel,
+                        c.signature,
+                        c.constexprs,
+                        c.aligned,
+                        c.num_warps,
+                        c.num_stages,
+                        c.max_registers,
+                    )
+                )
+            )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
