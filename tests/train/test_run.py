@@ -195,7 +195,8 @@ def test_start_from_published_weights(one_level_config: Callable[..., Config], t
     start = f"init_lora={first}/pytorch_lora_weights.safetensors" if train == "lora" else f"unet={first}/unet"
     second = run_in_process(one_level_config("name=second", *common, start))
     fresh, again = lines(first), lines(second)
-    assert again[0]["reward_winner"] == 0 and again[1]["reward_winner"] != 0
+    # Zero but for fp32's rounding: on some processors the policy's pass adds up in another order than the copy's.
+    assert abs(again[0]["reward_winner"]) < 1e-6 * again[0]["err_winner"] < 1e-4 < abs(again[1]["reward_winner"])
     assert again[0]["err_winner"] != fresh[0]["err_winner"], "the start is not the base"
 
 
