@@ -17,11 +17,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SMALL = ["records=RECORDS", "resolution=32", "evaluate=false", "tracker=none", "shard_size=10"]
 # The modules that take longest, first: none of them runs alone at the end while the other workers have nothing to do.
 LONGEST = [
-    *("train/test_ranks", "train/test_lost_ranks", "train/test_compiled", "train/test_run", "tests/test_workloads"),
-    *("plan/test_plan", "benchmarks/test_devices", "benchmarks/test_offline_vs_reference", "train/test_lrm"),
-    *("train/test_offline", "models/test_single_file", "train/test_device", "fuzz/test_fuzz", "tests/test_quickstart"),
-    *("train/test_step_memory", "tests/test_patch", "data/test_resume", "tests/test_export", "train/test_stepwise"),
-    *("tests/test_packaging", "train/test_spm", "execution/test_execution", "static/test_static"),
+    *("train/test_ranks", "plan/test_plan", "train/test_device", "train/test_compiled", "tests/test_keyed_targets"),
+    *("tests/test_ddim_pool_step", "tests/test_workloads", "tests/test_rpo_loss", "train/test_lost_ranks"),
+    *("train/test_offline", "tests/test_implicit_reward", "train/test_stepwise", "models/test_single_file"),
+    *("tests/test_paired_preference_loss", "models/test_lora_files", "tests/test_custom_ops", "train/test_run"),
+    *(
+        "train/test_survival",
+        "execution/test_execution",
+        "train/test_lrm",
+        "train/test_step_memory",
+        "tests/test_patch",
+    ),
+    *("gpu/test_stand_in", "tests/test_keyed_noise", "tests/test_packaging", "benchmarks/test_gpu_bench"),
+    *("train/test_spm", "tests/test_export", "train/test_size_conditioning", "static/test_static", "train/test_graphs"),
+    *("train/test_ledger", "train/test_ledger_precision", "train/test_long_captions", "tests/test_quickstart"),
+    *("benchmarks/test_devices", "plan/test_choice", "plan/test_phases", "fuzz/test_fuzz", "data/test_resume"),
 ]
 
 
