@@ -65,10 +65,15 @@ def published_sampler() -> PoolSampler:
     return PoolSampler(steps, schedule, 0, STEPS, 0, CANDIDATES, GUIDANCE, 1.0, 0)
 
 
+def coefficients(sampler: PoolSampler, t: int, x_t: Tensor) -> Tensor:
+    """(n, 5): the row of the step at ``t``, for n rows."""
+    (index,) = (i for i, step in enumerate(sampler.steps) if step.t == t)
+    return sampler.coefficients[index].to(x_t.dtype).expand(len(x_t), -1)
+
+
 def step_cases(count: int, betas: Sequence[float] = (10.0, 500.0)) -> Iterator[StepCase]:
     """``count`` cases over all timesteps; policies 1e-4 to 1e-2 away from their references."""
     sampler = published_sampler()
-    alphas = sampler.schedule.alphas_cumprod.float()
     for seed in range(count):
         random = torch.Generator().manual_seed(seed)
         step = sampler.steps[seed % STEPS]
@@ -77,7 +82,8 @@ def step_cases(count: int, betas: Sequence[float] = (10.0, 500.0)) -> Iterator[S
         reference = noise[0], noise[0] + 0.1 * noise[1]
         policy = reference[0] + distance * noise[2], reference[1] + distance * noise[3]
         keys = derive_keys(seed, 0, torch.arange(2 * len(x_t)), 0, "candidate").view(-1, 2)
-        pool = ddim_pool_step(x_t, *reference, keys, alphas, *step, guidance_scale=GUIDANCE).candidates
+        rows = coefficients(sampler, step.t, x_t)
+        pool = ddim_pool_step(x_t, *reference, keys, rows, guidance_scale=GUIDANCE).candidates
         beta = betas[seed % len(betas)]
         yield StepCase(step.t, x_t, pool[:, 0], pool[:, 1], policy, reference, beta)
 
@@ -143,12 +149,11 @@ class OfficialSteps:
 
 def our_loss(case: StepCase) -> StepOutcome:
     """The fused loss of transitions that share x_t."""
-    sampler, leaves = published_sampler(), [x.clone().requires_grad_() for x in case.policy]
-    step = next(step for step in sampler.steps if step.t == case.t)
-    alphas = sampler.schedule.alphas_cumprod.to(case.x_t.dtype)
+    leaves = [x.clone().requires_grad_() for x in case.policy]
     states = case.x_t, case.x_w, case.x_l
+    rows = coefficients(published_sampler(), case.t, case.x_t)
     settings = {"guidance_scale": GUIDANCE, "beta": case.beta, "clip": CLIP}
-    found = transition_loss(*leaves, *case.reference, *states, alphas, *step, **settings)
+    found = transition_loss(*leaves, *case.reference, *states, rows, **settings)
     gradients = torch.autograd.grad(found.loss, leaves)
     ratios = torch.stack([found.ratio_w, found.ratio_l]).clamp(1 - CLIP, 1 + CLIP)
     return StepOutcome(found.loss.detach(), ratios, torch.stack(gradients))
@@ -156,10 +161,8 @@ def our_loss(case: StepCase) -> StepOutcome:
 
 def our_candidates(case: StepCase, keys: Tensor) -> Tensor:
     """(n, K, C, H, W) with the noise of ``keys`` (n, K)."""
-    sampler = published_sampler()
-    step = next(step for step in sampler.steps if step.t == case.t)
-    alphas = sampler.schedule.alphas_cumprod.to(case.x_t.dtype)
-    return ddim_pool_step(case.x_t, *case.policy, keys, alphas, *step, guidance_scale=GUIDANCE).candidates
+    rows = coefficients(published_sampler(), case.t, case.x_t)
+    return ddim_pool_step(case.x_t, *case.policy, keys, rows, guidance_scale=GUIDANCE).candidates
 
 
 def our_verdict(scores: Tensor, index: int, theta: float | tuple[float, float]) -> Selection:

@@ -11,6 +11,7 @@ from fastpref.memory import moved
 from fastpref.models.loading import model_family, read_part_json
 from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.policy import Conditioning
+from fastpref.process.ddpm import x0_coefficients
 
 
 class Predict(Protocol):
@@ -106,8 +107,6 @@ def predicted_x0(
     prediction: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor, schedule: NoiseSchedule
 ) -> torch.Tensor:
     """x̂0 of ``noisy`` (N, C, H, W): ``(x_t - √(1-ᾱ)·ε) / √ᾱ``, or ``√ᾱ·x_t - √(1-ᾱ)·v`` (arXiv 2202.00512)."""
-    alpha = moved(schedule.alphas_cumprod, noisy.device)[timesteps].view(-1, 1, 1, 1)
-    signal, noise = alpha.sqrt().to(noisy.dtype), (1 - alpha).sqrt().to(noisy.dtype)
-    if schedule.prediction_type == "epsilon":
-        return (noisy - noise * prediction) / signal
-    return signal * noisy - noise * prediction
+    abar = moved(schedule.alphas_cumprod, noisy.device)[timesteps].view(-1, 1, 1, 1)
+    u, w = (x.to(noisy.dtype) for x in x0_coefficients(abar, schedule.prediction_type))
+    return u * noisy + w * prediction

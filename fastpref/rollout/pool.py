@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -24,6 +25,7 @@ from fastpref.models.guidance import GuidedRows, Predict
 from fastpref.models.noise_schedule import NoiseSchedule
 from fastpref.models.policy import Conditioning
 from fastpref.models.timesteps import DenoisingStep
+from fastpref.process.ddpm import ddim_steps
 from fastpref_kernels import ddim_pool_step, derive_keys, keyed_noise, keyed_uniform_u32, predict_x0
 
 Prediction = tuple[Tensor, Tensor | None]
@@ -71,8 +73,22 @@ class PoolSampler:
 
     def sigma(self, index: int) -> float:
         """Standard deviation of the noise that step ``index`` adds (DDIM, arXiv 2010.02502, equation 16)."""
-        now, before = (float(self.schedule.alphas_cumprod[t]) for t in self.steps[index])
-        return self.eta * ((1 - before) / (1 - now) * (1 - now / before)) ** 0.5
+        return float(self.coefficients[index, 4])
+
+    @cached_property
+    def coefficients(self) -> Tensor:
+        """(S, 5) float64 on the CPU: those of every step (:func:`fastpref.process.ddpm.ddim_steps`)."""
+        t, t_prev = torch.tensor(self.steps).unbind(dim=1)
+        return self._steps(t, t_prev)
+
+    @cached_property
+    def x0_coefficients(self) -> Tensor:
+        """(S, 5) float64 on the CPU, of whose rows x̂0 needs the first two: from where each step ends."""
+        ends = torch.tensor(self.steps)[:, 1]
+        return self._steps(ends, torch.full_like(ends, -1))
+
+    def _steps(self, t: Tensor, t_prev: Tensor) -> Tensor:
+        return ddim_steps(self.schedule.alphas_cumprod, t, t_prev, self.schedule.prediction_type, eta=self.eta)
 
 
 @dataclass
@@ -125,24 +141,16 @@ def roll_out(
     k, device = sampler.candidates, conditioning.prompt_embeds.device
     one = GuidedRows(predict, conditioning, empty, sampler.guidance_scale)
     many = GuidedRows(predict, _repeat(conditioning, k), empty, sampler.guidance_scale)
-    alphas = moved(sampler.schedule.alphas_cumprod, device)
+    exact = torch.promote_types(dtype, torch.float32)
+    coefficients, of_x0 = (moved(x.to(exact), device) for x in (sampler.coefficients, sampler.x0_coefficients))
 
     def predicted(rows: GuidedRows, x: Tensor, t: int) -> Prediction:
         breathe()
         return rows(x, torch.full((len(x),), t, device=device))
 
     def stepped(x: Tensor, prediction: Prediction, keys: Tensor, index: int) -> Tensor:
-        pool = ddim_pool_step(
-            x,
-            *prediction,
-            keys,
-            alphas,
-            *sampler.steps[index],
-            guidance_scale=sampler.guidance_scale,
-            eta=sampler.eta,
-            prediction_type=sampler.schedule.prediction_type,
-        )
-        return pool.candidates
+        rows = coefficients[index].expand(len(x), -1)
+        return ddim_pool_step(x, *prediction, keys, rows, guidance_scale=sampler.guidance_scale).candidates
 
     def noise(index: int) -> Tensor:  # (N, K)
         draws = [derive_keys(sampler.seed, epoch, ids, index * k + j, "candidate") for j in range(k)]
@@ -163,7 +171,8 @@ def roll_out(
         x0, prediction = (states[-1], None) if t == 0 else (None, None)
         if t and needs_x0:
             seen = predicted(many, states[-1], t)
-            x0 = _promised(sampler, states[-1], seen, alphas, t)
+            rows_of_x0 = of_x0[first + sampler.inner_steps].expand(len(states[-1]), -1)
+            x0 = predict_x0(states[-1], *seen, rows_of_x0, guidance_scale=sampler.guidance_scale)
             prediction = seen[0][rows], None if seen[1] is None else seen[1][rows]
         paths = torch.stack(states, dim=1).unflatten(0, (-1, k))
         yield Pool(first, x, paths, None if x0 is None else x0.unflatten(0, (-1, k)), told, chosen)
@@ -173,11 +182,6 @@ def roll_out(
 def _choice(sampler: PoolSampler, epoch: int, ids: Tensor, index: int) -> Tensor:
     words = keyed_uniform_u32(derive_keys(sampler.seed, epoch, ids, index, "choice"))
     return (words * sampler.candidates) >> 32
-
-
-def _promised(sampler: PoolSampler, x: Tensor, prediction: Prediction, alphas: Tensor, t: int) -> Tensor:
-    kind = sampler.schedule.prediction_type
-    return predict_x0(x, *prediction, alphas, t, guidance_scale=sampler.guidance_scale, prediction_type=kind)
 
 
 def _repeat(conditioning: Conditioning, k: int) -> Conditioning:

@@ -42,8 +42,8 @@ class TransitionObjective:
     ) -> None:
         self.config, self.policy, self.book, self.sampler, self.prompts = config, policy, book, sampler, prompts
         self.two = config.guidance_scale != 1.0  # rows of the UNet for each state
-        self._steps = torch.tensor(sampler.steps)  # (S, 2): t, t_prev
-        self._alphas = sampler.schedule.alphas_cumprod.to(policy.device)
+        self._times = torch.tensor(sampler.steps)[:, 0]  # (S,)
+        self._coefficients = sampler.coefficients.to(torch.float64 if config.precision == "fp64" else torch.float32)
 
     def loss(self, part: Transitions) -> tuple[Tensor, Tensor]:
         """(mean loss with its graph, (2, m) likelihood ratios of win and lose before clipping) of m transitions."""
@@ -61,11 +61,12 @@ class TransitionObjective:
         conditioning = self.book.conditioning(prompts)
         if self.two:
             conditioning = with_empty(conditioning, self.book.empty())
-        times = moved(self._steps[part.step[order]], device)
+        steps = part.step[order]
+        times, coefficients = (moved(table[steps], device) for table in (self._times, self._coefficients))
         back, own = moved(order.argsort(), device), part.rows(order).to(device)
         states = torch.cat([own.x_t, own.x_t_l[aside]])
-        timesteps = torch.cat([times[:, 0], times[aside, 0]])
-        return Piece((states, timesteps, own.x_w, own.x_l, times, *conditioning.tensors()), len(shared), back)
+        timesteps = torch.cat([times, times[aside]])
+        return Piece((states, timesteps, own.x_w, own.x_l, coefficients, *conditioning.tensors()), len(shared), back)
 
     def terms(
         self,
@@ -74,7 +75,7 @@ class TransitionObjective:
         timesteps: Tensor,
         x_w: Tensor,
         x_l: Tensor,
-        times: Tensor,
+        coefficients: Tensor,
         *conditioning: Any,
     ) -> tuple[Tensor, Tensor]:
         """:meth:`loss` of what :meth:`laid_out` gives, a function of its inputs and the weights alone.
@@ -91,7 +92,7 @@ class TransitionObjective:
         for own, rows in ((slice(0, shared), slice(0, shared)), (slice(shared, m), slice(shared, None))):
             if own.start < own.stop:  # where the states are two, losers' rows come behind winners'
                 branches = _cut(policy, rows), _cut(reference, rows)
-                value, found = self._compare(x_w[own], x_l[own], times[own], states[rows], *branches)
+                value, found = self._compare(x_w[own], x_l[own], coefficients[own], states[rows], *branches)
                 loss = loss + value * ((own.stop - own.start) / m)
                 ratios.append(found)
         return loss, torch.cat(ratios, dim=1)
@@ -102,7 +103,7 @@ class TransitionObjective:
         return states * (2 if self.two else 1)
 
     def _compare(
-        self, x_w: Tensor, x_l: Tensor, times: Tensor, states: Tensor, policy: Branches, reference: Branches
+        self, x_w: Tensor, x_l: Tensor, coefficients: Tensor, states: Tensor, policy: Branches, reference: Branches
     ) -> tuple[Tensor, Tensor]:
         result = transition_loss(
             *policy,
@@ -110,13 +111,10 @@ class TransitionObjective:
             states,
             x_w,
             x_l,
-            self._alphas,
-            *(column.contiguous() for column in times.unbind(dim=1)),
+            coefficients,
             guidance_scale=self.config.guidance_scale,
-            eta=self.config.eta,
             beta=self.config.beta,
             clip=self.config.ratio_clip,
-            prediction_type=self.sampler.schedule.prediction_type,
         )
         return result.loss, torch.stack([result.ratio_w, result.ratio_l]).to(x_w)
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from cases.case import ALPHAS_CUMPROD
 from tolerances import assert_close
+from transitions import same_step
 
 import fastpref_kernels as fp
 
 X, ROWS, EMB = torch.randn(4, 3, 5), torch.randn(2), torch.randn(2, 6)
 KEYS = torch.arange(4)
 PREDICTIONS = dict.fromkeys(("eps_cond", "eps_uncond", "ref_eps_cond", "ref_eps_uncond", "x_t", "x_w", "x_l"), X)
-STEP = {"alphas_cumprod": ALPHAS_CUMPROD, "t": 50, "t_prev": 30, "guidance_scale": 5.0}
+STEP = {"coefficients": same_step(4), "guidance_scale": 5.0}
 REWARDS = {"reward_w": ROWS, "reward_l": -ROWS, "beta": 2.0}
 LAYER = {"weight": torch.randn(7, 5), "lora_a": torch.randn(2, 5), "lora_b": torch.randn(7, 2)}
 POOL = {name: X for name in ("x_t", "eps_cond", "eps_uncond")}
@@ -31,8 +32,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "add_keyed_noise": {"x0": X, "keys": KEYS, "a": torch.ones(4), "s": torch.ones(4)},
     "derive_keys": {"seed": 0, "epoch": 0, "ids": KEYS, "draw": 0, "purpose": "noise"},
     "keyed_uniform_u32": {"keys": KEYS},
-    "ddim_pool_step": POOL | {"keys": KEYS[:, None], "eta": 0.5, "prediction_type": "epsilon"} | STEP,
-    "transition_loss": PREDICTIONS | {"beta": 2.0, "clip": 0.1, "eta": 0.5, "prediction_type": "epsilon"} | STEP,
+    "ddim_pool_step": POOL | {"keys": KEYS[:, None]} | STEP,
+    "predict_x0": POOL | STEP,
+    "transition_loss": PREDICTIONS | {"beta": 2.0, "clip": 0.1} | STEP,
     "geglu": {"hidden": torch.randn(3, 8)},
     "lora_linear": {"x": X, "bias": torch.randn(7), "scale": 0.5} | LAYER,
 }
@@ -56,6 +58,7 @@ def test_strings_and_arrays_are_value_errors_of_one_line(op: str, name: str, wro
 
 
 ALPHAS = {"timesteps": KEYS, "alphas_cumprod": ALPHAS_CUMPROD}
+ALPHAS_AND_T = {"alphas_cumprod": ALPHAS_CUMPROD, "t": 50, "t_prev": 30}
 OLD: list[tuple[Callable[[], Any], str]] = [
     (lambda: fp.implicit_reward(X, X, X), r"implicit_reward\(pred, target, \*, ref_pred=None"),  # type: ignore[misc]
     (lambda: fp.implicit_reward_parts(X, X, X), r"implicit_reward_parts\(pred, target, \*, ref_pred=None"),  # type: ignore[misc]
@@ -63,6 +66,19 @@ OLD: list[tuple[Callable[[], Any], str]] = [
     (lambda: fp.paired_preference_loss(X, None, X, beta=2.0), r"\(pred, target, \*, beta, ref_pred=None"),  # type: ignore[misc]
     (lambda: fp.add_keyed_noise(X, KEYS, **ALPHAS), r"add_keyed_noise\(x0, keys, a, s\)"),
     (lambda: fp.KeyedVelocity(KEYS, X, **ALPHAS), r"KeyedVelocity\(keys, x0, p, q\)"),
+    (
+        lambda: fp.ddim_pool_step(X, X, X, KEYS[:, None], ALPHAS_CUMPROD, 50, 30, guidance_scale=5.0),  # type: ignore[misc]
+        r"ddim_pool_step\(x_t, eps_cond, eps_uncond, keys, coefficients, \*, guidance_scale",
+    ),
+    (
+        lambda: fp.predict_x0(X, X, X, ALPHAS_CUMPROD, 50, guidance_scale=5.0),  # type: ignore[misc]
+        r"predict_x0\(x_t, eps_cond, eps_uncond, coefficients, \*, guidance_scale\)",
+    ),
+    (
+        lambda: fp.transition_loss(**PREDICTIONS, **ALPHAS_AND_T, guidance_scale=5.0),
+        r"transition_loss\(eps_cond, .*x_l, coefficients, \*, guidance_scale",
+    ),
+    (lambda: fp.ddim_pool_step(**CALLS["ddim_pool_step"], eta=0.5), r"keys, coefficients, \*, guidance_scale"),
 ]
 
 

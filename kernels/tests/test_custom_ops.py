@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from cases import samples
-from cases.case import ALPHAS_CUMPROD, tensor
+from cases.case import tensor
+from transitions import same_step, steps
 
 from fastpref_kernels import (
     add_keyed_noise,
@@ -75,22 +76,23 @@ def test_importing_the_package_does_not_import_triton() -> None:
     assert result.stdout.strip() == "False"
 
 
-def transitions_of(x_t: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
+def transitions_of(x_t: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     keys, options = torch.arange(4).view(2, 2), {"guidance_scale": 5.0}
-    pool = ddim_pool_step(x_t, cond, uncond, keys, ALPHAS_CUMPROD, t, t - 20, eta=0.5, **options)
+    pool = ddim_pool_step(x_t, cond, uncond, keys, step, **options)
     ends = pool.candidates.detach().unbind(1)
     reference = 0.9 * cond.detach(), uncond.detach()
-    found = transition_loss(cond, uncond, *reference, x_t, *ends, ALPHAS_CUMPROD, t, t - 20, clip=None, **options)
+    found = transition_loss(cond, uncond, *reference, x_t, *ends, step, clip=None, **options)
     return found.loss + found.ratio_w.sum() + pool.x0.square().mean()
 
 
-@pytest.mark.parametrize("t", [50, torch.tensor([20, 98])], ids=["number", "rows"])
-def test_transitions_compile_as_one_graph(path: str, t: int | torch.Tensor) -> None:
+@pytest.mark.parametrize("shared", [True, False], ids=["one step", "a step a row"])
+def test_transitions_compile_as_one_graph(path: str, shared: bool) -> None:
+    step = same_step(1).expand(2, 5) if shared else steps(torch.tensor([21, 951]), torch.tensor([1, 901]))
     inputs = tensor(2, 3, 5), tensor(2, 3, 5), tensor(2, 3, 5)
     eager, compiled = ([x.clone().requires_grad_() for x in inputs] for _ in range(2))
-    expected = transitions_of(*eager, t)
+    expected = transitions_of(*eager, step)
     torch._dynamo.reset()
-    result = torch.compile(transitions_of, fullgraph=True, backend="aot_eager")(*compiled, t)
+    result = torch.compile(transitions_of, fullgraph=True, backend="aot_eager")(*compiled, step)
     expected.backward()
     result.backward()
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)

@@ -10,11 +10,10 @@ from reference import ddim_pool_step as pool_oracle
 from reference import keyed_noise as noise_oracle
 from reference import transition_loss as oracle
 from tolerances import assert_close
-from transitions import ALPHAS_CUMPROD, TransitionBatch, keys_for, pool_batch
+from transitions import ALPHAS_CUMPROD, TransitionBatch, keys_for, pool_batch, same_step
 
 from fastpref_kernels import ddim_pool_step, transition_loss
 from fastpref_kernels.common import dispatch
-from fastpref_kernels.common.ddim import Step
 from fastpref_kernels.ddim_pool_step import triton as pool_kernels
 from fastpref_kernels.transition_loss import triton as loss_launch
 
@@ -26,13 +25,13 @@ def test_pool_bytes_per_element(with_guidance: bool, k: int) -> None:
     second, less = (uncond, 0) if with_guidance else (None, 2)
     leaves = [x.requires_grad_() for x in (x_t, cond, second) if x is not None]
     with dispatch.triton_on_cpu(), traffic() as launches:
-        pool = ddim_pool_step(x_t, cond, second, keys_for(3, k), ALPHAS_CUMPROD, 501, 451, guidance_scale=5.0)
+        pool = ddim_pool_step(x_t, cond, second, keys_for(3, k), same_step(3), guidance_scale=5.0)
         (pool.x0.sum() + pool.candidates.sum()).backward()
     assert all(x.grad is not None for x in leaves)
     assert [launch.kernel for launch in launches] == ["_ddim_pool_fwd_kernel", "_ddim_pool_bwd_kernel"]
     for launch in launches:
-        scalars = launch.read + launch.written - (8 + 2 * k - less) * x_t.numel()  # two of the table, the keys
-        assert 0 < scalars <= (8 + 8 * k) * launch.programs
+        scalars = launch.read + launch.written - (8 + 2 * k - less) * x_t.numel()  # the coefficients, the keys
+        assert 0 < scalars <= (20 + 8 * k) * launch.programs
 
 
 def test_pool_offsets_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,10 +41,10 @@ def test_pool_offsets_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(pool_kernels, "_BACKWARD_BLOCK", 1 << 20)
     row = torch.from_numpy(np.zeros(2**31 + 100, np.int16)).view(torch.bfloat16)[None]
     row[:, -100:] = torch.randn(100)
-    step = Step(None, None, 501, 451, 1.0, 1.0, -1.0, False)
+    step = same_step(1), 1.0
     with dispatch.triton_on_cpu(), only(lambda program: program[0] == 2048):
-        candidates, x0 = pool_kernels.launch_forward(row, row, None, torch.tensor([[5]]), ALPHAS_CUMPROD, step)
-        grads = pool_kernels.launch_backward(row[None], row, ALPHAS_CUMPROD, step, [torch.float32, torch.bfloat16])
+        candidates, x0 = pool_kernels.launch_forward(row, row, None, torch.tensor([[5]]), *step)
+        grads = pool_kernels.launch_backward(row[None], row, *step, [torch.float32, torch.bfloat16])
     tail = row[:, -100:].double().requires_grad_()
     pred = tail.detach().clone().requires_grad_()
     mean, sigma, exact = pool_oracle.ddim_step(
@@ -67,7 +66,7 @@ def test_pool_rows_far_apart() -> None:
     spread = torch.from_numpy(np.zeros(39 * 2**26 + 30, np.int16)).view(torch.bfloat16).as_strided((40, 30), (2**26, 1))
     with dispatch.triton_on_cpu(), only(lambda program: program[0] in (0, 31, 32, 39)):
         pools = [
-            ddim_pool_step(*tensors, None, keys, ALPHAS_CUMPROD, 501, 451, guidance_scale=1.0)
+            ddim_pool_step(*tensors, None, keys, same_step(40), guidance_scale=1.0)
             for tensors in [(x_t, cond), (spread.copy_(x_t), cond)]
         ]
     rows = [0, 31, 32, 39]
@@ -96,12 +95,12 @@ def test_loss_bytes_per_element(stacked: bool, with_guidance: bool, forward: int
     """As the docstring of the module says; backward with no, with the winner's and with both ratios clipped."""
     batch = TransitionBatch((2, 512), torch.bfloat16, stacked=stacked, with_guidance=with_guidance)
     elements, rows = batch.x_t.numel(), batch.x_t.shape[0]
-    latents, step = (batch.x_t, batch.x_w, batch.x_l), Step(None, None, 501, 451, 5.0, 1.0, -1.0, False)
+    latents, step = (batch.x_t, batch.x_w, batch.x_l), (same_step(batch.pairs), 5.0)
     with dispatch.triton_on_cpu(), traffic() as launches:
-        loss_launch.launch_forward((*batch.policy, *batch.reference), latents, ALPHAS_CUMPROD, step, 10.0, -0.1, 0.1)
+        loss_launch.launch_forward((*batch.policy, *batch.reference), latents, *step, 10.0, -0.1, 0.1)
         for slopes in ([-0.5, 0.5], [0.0, 0.5], [0.0, 0.0]):
             rows_of_slopes = torch.tensor(slopes).unsqueeze(1).expand(2, batch.pairs).contiguous()
-            loss_launch.launch_backward(torch.tensor(1.0), rows_of_slopes, *batch.policy, latents, ALPHAS_CUMPROD, step)
+            loss_launch.launch_backward(torch.tensor(1.0), rows_of_slopes, *batch.policy, latents, *step)
     assert [launch.kernel for launch in launches] == [
         "_transition_chunk_kernel",
         "_transition_pair_kernel",
@@ -109,8 +108,8 @@ def test_loss_bytes_per_element(stacked: bool, with_guidance: bool, forward: int
     ]
     launches.pop(1)
     for launch, per_element in zip(launches, (forward, *backward), strict=True):
-        scalars = launch.read + launch.written - per_element * elements  # two of the table, slopes, partial sums
-        assert 0 < scalars <= 32 * rows
+        scalars = launch.read + launch.written - per_element * elements  # coefficients, slopes, partial sums
+        assert 0 < scalars <= 44 * rows
 
 
 def test_loss_offsets_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +120,7 @@ def test_loss_offsets_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(loss_launch.torch, "empty", torch.zeros)  # the sums of the chunks that do not run
     tails = [(scale * torch.randn(100)).bfloat16() for scale in (2000, 2000, 1, 2000)]
     cond, x_t, x_w, x_l = (far(tail) for tail in tails)
-    step, latents = Step(None, None, 501, 451, 1.0, 1.0, -1.0, False), (x_t, x_w, x_l)
+    step, latents = (same_step(1), 1.0), (x_t, x_w, x_l)
     settings = oracle.Settings(ALPHAS_CUMPROD, torch.tensor([501]), torch.tensor([451]))
     exact = tails[0].double()[None].requires_grad_()
     args = tails[1][None], exact, None, settings
@@ -132,11 +131,9 @@ def test_loss_offsets_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     with dispatch.triton_on_cpu(), only(lambda program: program in [(0, 0, 0), (0, 2048, 0), (2048, 0, 0)]):
         reference = far(torch.zeros(1).bfloat16())
-        found = loss_launch.launch_forward(
-            (cond, None, reference, None), latents, ALPHAS_CUMPROD, step, 10.0, -9.0, 9.0
-        )
+        found = loss_launch.launch_forward((cond, None, reference, None), latents, *step, 10.0, -9.0, 9.0)
         (grad,) = loss_launch.launch_backward(
-            torch.tensor(1.0), torch.tensor([[-2.0], [3.0]]), cond, None, latents, ALPHAS_CUMPROD, step
+            torch.tensor(1.0), torch.tensor([[-2.0], [3.0]]), cond, None, latents, *step
         )
     assert found[1].item() == pytest.approx(expected[0].exp().item(), rel=1e-5) and abs(found[1].item() - 1) > 0.01
     assert found[2].item() == pytest.approx(expected[1].exp().item(), rel=1e-5) and abs(found[2].item() - 1) > 0.01

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from interpreter import only
+from transitions import same_step
 
 from fastpref_kernels import add_keyed_noise, ddim_pool_step, derive_keys, keyed_noise
 from fastpref_kernels.common import dispatch
@@ -20,13 +21,11 @@ def test_candidates_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     row = torch.from_numpy(np.zeros(2**30 + 64, np.int16)).view(torch.bfloat16)[None]
     row[:, :100] = torch.randn(100)
-    keys, alphas = derive_keys(0, 0, torch.arange(3), 0, "sample")[None], torch.linspace(0.99, 0.01, 1000)
+    keys, step = derive_keys(0, 0, torch.arange(3), 0, "sample")[None], same_step(1)
     with dispatch.triton_on_cpu():
-        expected = ddim_pool_step(
-            row[:, :100].clone(), row[:, :100].clone(), None, keys, alphas, 501, 451, guidance_scale=1.0
-        )
+        expected = ddim_pool_step(row[:, :100].clone(), row[:, :100].clone(), None, keys, step, guidance_scale=1.0)
         with only(lambda program: program == (0, 0, 0)):
-            pool = ddim_pool_step(row, row, None, keys, alphas, 501, 451, guidance_scale=1.0)
+            pool = ddim_pool_step(row, row, None, keys, step, guidance_scale=1.0)
     assert torch.equal(pool.candidates[:, :, :100], expected.candidates)
     assert torch.equal(pool.x0[:, :100], expected.x0)
 

@@ -8,11 +8,10 @@ from reference import transition_loss as oracle
 from reference.ddim_pool_step import ddim_step
 from reference.dpo_loss import share_won
 from tolerances import assert_close
-from transitions import ALPHAS_CUMPROD, DTYPES, TransitionBatch
+from transitions import ALPHAS_CUMPROD, DTYPES, TransitionBatch, same_step
 
 from fastpref_kernels import transition_loss
 from fastpref_kernels.common import dispatch
-from fastpref_kernels.common.ddim import PER_ROW, Step
 from fastpref_kernels.transition_loss import triton as launches
 
 SHAPES = [(1,), (3, 7, 5), (4, 16, 16), (2, 24, 25)]
@@ -21,8 +20,9 @@ SHAPES = [(1,), (3, 7, 5), (4, 16, 16), (2, 24, 25)]
 def compare(batch: TransitionBatch, **settings: object) -> None:
     """Loss, ratios and both gradients equal the oracle's."""
     leaves = batch.require_grad()
-    guidance = {"guidance_scale": settings.get("guidance_scale", 5.0)}
-    result = transition_loss(*batch.arguments(), **settings | guidance)
+    process = {key: settings[key] for key in ("eta", "prediction_type") if key in settings}
+    rest = {"guidance_scale": 5.0} | {key: value for key, value in settings.items() if key not in process}
+    result = transition_loss(*batch.arguments(**process), **rest)
     exact, (loss, ratio_w, ratio_l) = batch.exact(**settings)
     assert_close(result.loss, loss.detach(), scale=2)
     assert_close(result.ratio_w, ratio_w, scale=2)
@@ -95,9 +95,9 @@ def test_every_kind_of_clipping_occurs(path: str) -> None:
 
 
 def test_worked_by_hand(path: str) -> None:
-    """abar 0.5 and 0.8, eta 1: sigma^2 = (0.2/0.5)(1 - 0.5/0.8) = 0.15, a = sqrt(1.6), c = (0.5 - 0.8)/sqrt(0.2)."""
-    table = torch.tensor([0.8, 0.5], dtype=torch.float64)
+    """DDIM with abar 0.5 and 0.8, eta 1: std^2 = (0.2/0.5)(1 - 0.5/0.8) = 0.15, d = sqrt(1.6), c = -0.3/sqrt(0.2)."""
     a, c = math.sqrt(1.6), -0.3 / math.sqrt(0.2)
+    step = torch.tensor([[math.nan, math.nan, a - 1, c, math.sqrt(0.15)]], dtype=torch.float64)
 
     def row(*values: float) -> torch.Tensor:
         return torch.tensor([values], dtype=torch.float64)
@@ -105,7 +105,7 @@ def test_worked_by_hand(path: str) -> None:
     policy, reference, x_t = row(0.1, 0.0).requires_grad_(), row(0.0, 0.0), row(0.0, 1.0)
     x_w, x_l = row(0.2, a), row(-0.1, a + 5)
     result = transition_loss(
-        policy, None, reference, None, x_t, x_w, x_l, table, 1, 0, guidance_scale=9.0, beta=3.0, clip=None
+        policy, None, reference, None, x_t, x_w, x_l, step, guidance_scale=9.0, beta=3.0, clip=None
     )
     # only the first element differs: d = [x^2 - (x - 0.1 c)^2] / (2 sigma^2) / 2 elements
     d_w, d_l = ((x**2 - (x - 0.1 * c) ** 2) / 0.3 / 2 for x in (0.2, -0.1))
@@ -155,18 +155,18 @@ def test_pair_does_not_depend_on_the_batch(path: str) -> None:
     batch = TransitionBatch((4, 17, 19), torch.bfloat16, pairs=8)
     whole = transition_loss(*batch.arguments(), guidance_scale=5.0)
     for rows in (slice(0, 1), slice(3, 8), slice(7, 8)):
-        tensors = [x if x is ALPHAS_CUMPROD else x[rows] for x in batch.arguments()]
+        tensors = [x[rows] for x in batch.arguments()]
         part = transition_loss(*tensors, guidance_scale=5.0)
         assert torch.equal(part.ratio_w, whole.ratio_w[rows]) and torch.equal(part.ratio_l, whole.ratio_l[rows])
 
 
 def test_only_the_loss_back_propagates_and_only_to_the_policy(path: str) -> None:
     batch = TransitionBatch((3, 5))
-    arguments = [x.clone().requires_grad_() if x.is_floating_point() else x for x in batch.arguments()]
+    arguments = [x.clone().requires_grad_() for x in batch.arguments()]
     result = transition_loss(*arguments, guidance_scale=5.0)
     assert [x.requires_grad for x in result] == [True, False, False, False, False]
     result.loss.backward(torch.tensor(2.0))
-    assert all(x.grad is not None for x in arguments[:2]) and all(x.grad is None for x in arguments[2:8])
+    assert all(x.grad is not None for x in arguments[:2]) and all(x.grad is None for x in arguments[2:])
     half = [x.detach().clone().requires_grad_() for x in arguments[:2]]
     transition_loss(*half, *arguments[2:], guidance_scale=5.0).loss.backward()
     for one, other in zip(arguments, half, strict=False):
@@ -212,9 +212,7 @@ def test_memory_order_does_not_matter(path: str) -> None:
         policy, reference = ([of_predictions(x) for x in g] for g in (batch.policy, batch.reference))
         latents = [of_latents(x) for x in (batch.x_t, batch.x_w, batch.x_l)]
         leaves = [x.requires_grad_() for x in policy]
-        result = transition_loss(
-            *policy, *reference, *latents, ALPHAS_CUMPROD, batch.t, batch.t_prev, guidance_scale=5.0
-        )
+        result = transition_loss(*policy, *reference, *latents, batch.arguments()[7], guidance_scale=5.0)
         torch.testing.assert_close(tuple(result), tuple(plain), rtol=2e-6, atol=1e-7)
         result.loss.backward()
         for leaf, grad in zip(leaves, (cond.grad, uncond.grad), strict=True):
@@ -242,22 +240,17 @@ def test_mixed_dtypes(path: str) -> None:
     compare(batch, clip=None)
 
 
-def test_numbers_and_rows_of_timesteps_agree(path: str) -> None:
-    batch = TransitionBatch((3, 7, 5))
-    tensors = batch.arguments()[:8]
-    by_number = transition_loss(*tensors, 501, 451, guidance_scale=5.0)
-    for t, t_prev in [(torch.tensor(501), 451), (torch.full((3,), 501), torch.full((6,), 451)[::2])]:
-        by_row = transition_loss(*tensors, t, t_prev, guidance_scale=5.0)
-        assert all(torch.equal(a, b) for a, b in zip(by_row, by_number, strict=True))
-
-
-def test_final_alpha_stands_for_the_end_of_the_schedule(path: str) -> None:
-    batch = TransitionBatch((3, 7, 5))
+def test_coefficients_may_lie_anywhere(path: str) -> None:
+    """One row for all, columns that are not dense: the same bits. In fp64 they are rounded to the same numbers."""
+    batch, step = TransitionBatch((3, 7, 5)), same_step(3)
     tensors = batch.arguments()[:7]
-    at_zero = transition_loss(*tensors, ALPHAS_CUMPROD, 1, 0, guidance_scale=5.0)
-    for options in ({}, {"final_alpha_cumprod": float(ALPHAS_CUMPROD[0])}):
-        ended = transition_loss(*tensors, ALPHAS_CUMPROD, 1, -49, guidance_scale=5.0, **options)
-        assert all(torch.equal(a, b) for a, b in zip(ended, at_zero, strict=True))
+    packed = transition_loss(*tensors, step, guidance_scale=5.0)
+    for other in (step[:1].expand(3, 5), step.T.contiguous().T):
+        found = transition_loss(*tensors, other, guidance_scale=5.0)
+        assert all(torch.equal(a, b) for a, b in zip(found, packed, strict=True))
+    # a kernel of its own, whose compiler may fuse other multiplications with additions
+    exact = transition_loss(*tensors, same_step(3, torch.float64), guidance_scale=5.0)
+    torch.testing.assert_close(tuple(exact), tuple(packed), rtol=2e-6, atol=2e-6)
 
 
 def test_extreme_ratios(path: str) -> None:
@@ -292,17 +285,12 @@ def test_nan_stays_in_its_pair(path: str) -> None:
         assert leaf.grad.flatten(1).isnan().any(1).tolist() == [False, True, False]
 
 
-def test_kernel_gives_nan_for_timesteps_out_of_range() -> None:
-    """What a GPU shows, where a look at the timesteps would wait for it."""
-    batch = TransitionBatch((40,), pairs=5)
-    step = Step(
-        torch.tensor([-1, 1000, 50, 50, 50]), torch.tensor([-2, 9, 50, 51, 49]), PER_ROW, 0, 5.0, 1.0, -1.0, False
-    )
-    inputs = (tuple(batch.policy + batch.reference), (batch.x_t, batch.x_w, batch.x_l), ALPHAS_CUMPROD, step)
-    with dispatch.triton_on_cpu():
-        _, ratio_w, ratio_l, *_ = launches.launch_forward(*inputs, 10.0, -0.1, 0.1)
+def test_nan_in_a_coefficient_stays_in_its_pair(path: str) -> None:
+    batch, step = TransitionBatch((40,), pairs=5), same_step(5)
+    step[0, 2] = step[2, 3] = step[3, 4] = step[4, 0] = step[4, 1] = torch.nan  # the last pair's u and w do not matter
+    _, ratio_w, ratio_l, *_ = transition_loss(*batch.arguments()[:7], step, guidance_scale=5.0)
     for ratio in (ratio_w, ratio_l):
-        assert ratio.isnan().tolist() == [True] * 4 + [False]
+        assert ratio.isnan().tolist() == [True, False, True, True, False]
 
 
 def test_many_chunks_of_several_blocks(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +324,8 @@ def test_paths_agree() -> None:
 
 X = torch.zeros(2, 3)
 NAMES = ("eps_cond", "eps_uncond", "ref_eps_cond", "ref_eps_uncond", "x_t", "x_w", "x_l")
-GOOD = dict.fromkeys(NAMES, X) | {"alphas_cumprod": ALPHAS_CUMPROD, "t": 51, "t_prev": 1, "guidance_scale": 5.0}
+STEP = torch.ones(2, 5)
+GOOD = dict.fromkeys(NAMES, X) | {"coefficients": STEP, "guidance_scale": 5.0}
 
 
 @pytest.mark.parametrize(
@@ -351,18 +340,13 @@ GOOD = dict.fromkeys(NAMES, X) | {"alphas_cumprod": ALPHAS_CUMPROD, "t": 51, "t_
         ({"eps_uncond": None}, "both be None"),
         ({"ref_eps_uncond": X.int()}, "floating"),
         ({"x_l": X.to("meta")}, "on meta"),
-        ({"alphas_cumprod": ALPHAS_CUMPROD.bfloat16()}, "fp32 or fp64"),
-        ({"t": 1000}, r"\[0, 1000\)"),
-        ({"t_prev": 51}, "t_prev < t"),
-        ({"t": torch.tensor([51, 1])}, "t_prev < t"),
-        ({"t": torch.tensor([51, 51, 51])}, r"shape \(2,\)"),
-        ({"eta": 0.0}, "no likelihood"),
-        ({"eta": -0.5}, "eta"),
-        ({"final_alpha_cumprod": 1.0}, "no likelihood"),
+        ({"coefficients": STEP.bfloat16()}, "fp32 or fp64"),
+        ({"coefficients": STEP[:1]}, r"shape \(2, 5\) in transition_loss\(eps_cond, "),
+        ({"coefficients": STEP.to("meta")}, "on meta"),
+        ({"coefficients": STEP * torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])}, "no likelihood"),
         ({"beta": 0.0}, "beta must be positive"),
         ({"clip": -0.1}, "clip must be positive"),
         ({"guidance_scale": math.nan}, "finite"),
-        ({"prediction_type": "x0"}, "epsilon, v_prediction"),
     ],
 )
 def test_errors_are_one_line(change: dict, message: str) -> None:

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import torch
+from coefficients import ddim
 from reference import transition_loss as oracle
 from reference.ddim_pool_step import ddim_step
 
 from fastpref_kernels import derive_keys
+from fastpref_kernels.common.dispatch import accumulation_dtype
 
 ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
 TIMES = torch.tensor([951, 501, 1]), torch.tensor([901, 451, 0])
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def steps(t: torch.Tensor, t_prev: torch.Tensor, dtype: torch.dtype = torch.float32, **options: object) -> torch.Tensor:
+    """Coefficients of DDIM steps as an op on tensors of dtype takes them."""
+    return ddim(ALPHAS_CUMPROD, t, t_prev, **options).to(accumulation_dtype(dtype))
+
+
+def same_step(rows: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Every row goes from 501 to 451."""
+    return steps(torch.full((rows,), 501), torch.full((rows,), 451), dtype)
 
 
 def pool_batch(shape: tuple[int, ...], dtype: torch.dtype, rows: int = 3) -> list[torch.Tensor]:
@@ -50,8 +62,9 @@ class TransitionBatch:
         if not with_guidance:
             self.policy[1] = self.reference[1] = None
 
-    def arguments(self) -> tuple:
-        return *self.policy, *self.reference, self.x_t, self.x_w, self.x_l, ALPHAS_CUMPROD, self.t, self.t_prev
+    def arguments(self, **process: object) -> tuple:
+        step = steps(self.t, self.t_prev, self.policy[0].dtype, **process)
+        return *self.policy, *self.reference, self.x_t, self.x_w, self.x_l, step
 
     def require_grad(self) -> list[torch.Tensor]:
         return [x.requires_grad_() for x in self.policy if x is not None]

@@ -125,8 +125,8 @@ def test_the_loss_of_every_transition_is_the_papers(config: dict[str, Any]) -> N
         log_w, log_l = (one - other for one, other in likely)
         expected = -torch.nn.functional.logsigmoid(10 * (log_w - log_l))
         found = transition_loss(
-            *(policy, None, reference, None, x, win, lose, alphas, t, t_prev),
-            **{"guidance_scale": 1.0, "eta": 1.0, "beta": 10.0, "clip": None, "prediction_type": kind},
+            *(policy, None, reference, None, x, win, lose, sampler.coefficients[index, None]),
+            **{"guidance_scale": 1.0, "beta": 10.0, "clip": None},
         )
         torch.testing.assert_close(found.loss, expected, rtol=1e-9, atol=1e-9)
 

@@ -1,16 +1,16 @@
-"""A DDIM step that draws a pool of K candidates from one prediction.
+"""A denoising step that draws a pool of K candidates from one prediction.
 
     pred        = eps_uncond + s * (eps_cond - eps_uncond)                          s = guidance_scale
-    x0          = (x_t - sqrt(1 - abar_t) * pred) / sqrt(abar_t)
-    sigma^2     = eta^2 * (1 - abar_prev)/(1 - abar_t) * (1 - abar_t/abar_prev)
-    candidate_k = sqrt(abar_prev) * x0 + sqrt(1 - abar_prev - sigma^2) * pred + sigma * z_k
+    x0          = u * x_t + w * pred
+    mean        = x_t + (drift * x_t + c * pred)
+    candidate_k = mean + std * z_k
 
-Shapes: x_t, eps_cond, eps_uncond (B, ...), keys (B, K) int64 -> candidates (B, K, ...), x0 (B, ...). z_k is
-`keyed_noise(keys[:, k])`, drawn in registers. Inputs fp16, bf16, fp32 or fp64, mixed at will; all arithmetic is fp32
-(fp64 if x_t is fp64), the results have x_t's dtype. One launch, coefficients included.
+Shapes: x_t, eps_cond, eps_uncond (B, ...), keys (B, K) int64, coefficients (B, 5) = (u, w, drift, c, std) ->
+candidates (B, K, ...), x0 (B, ...). z_k is `keyed_noise(keys[:, k])`, drawn in registers. Inputs fp16, bf16, fp32 or
+fp64, mixed at will; all arithmetic is fp32 (fp64 if x_t is fp64), the results have x_t's dtype. One launch.
 Bytes per element at 16 bits: forward 8 + 2K (reads of x_t and the two predictions, writes of x0 and K candidates; 2
 less without guidance), backward 8 + 2K (reads of K + 1 gradients, writes of three).
-Source: DDIM, arXiv 2010.02502, equations 12 and 16; SPO, arXiv 2406.04314.
+Source: DDIM, arXiv 2010.02502, equations 12 and 16; SPO, arXiv 2406.04314. Coefficients of DDIM: `common/steps.py`.
 """
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
@@ -21,16 +21,10 @@ from typing import Any, NamedTuple
 from torch import Size, Tensor, contiguous_format, empty, empty_like, int64
 from torch import dtype as DType
 
-from ..common.checks import check_batch, check_device, check_elements, check_like, check_tensor
-from ..common.ddim import (
-    STEP_SCHEMA,
-    Step,
-    check_alphas_cumprod,
-    check_step_rows,
-    make_step,
-)
+from ..common.checks import check_batch, check_device, check_elements, check_like, check_tensor, renewed
 from ..common.dispatch import use_triton
 from ..common.operator import operator
+from ..common.steps import check_step
 from ..keyed_noise import _keyed_noise
 from . import torch as torch_path
 from .triton import launch_backward, launch_forward
@@ -49,56 +43,61 @@ def _noise(keys: Tensor, shape: Size, dtype: DType) -> Tensor:
 
 @operator(
     "ddim_pool_step",
-    "(Tensor x_t, Tensor eps_cond, Tensor? eps_uncond, Tensor keys, Tensor alphas_cumprod, "
-    + STEP_SCHEMA
-    + ") -> (Tensor, Tensor)",
+    "(Tensor x_t, Tensor eps_cond, Tensor? eps_uncond, Tensor keys, Tensor coefficients, float guidance_scale)"
+    " -> (Tensor, Tensor)",
 )
 def _ddim_pool_step(
-    x_t: Tensor, eps_cond: Tensor, eps_uncond: Tensor | None, keys: Tensor, alphas_cumprod: Tensor, *fields: Any
+    x_t: Tensor,
+    eps_cond: Tensor,
+    eps_uncond: Tensor | None,
+    keys: Tensor,
+    coefficients: Tensor,
+    guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    step = Step(*fields)
-    check_step_rows("ddim_pool_step", step, alphas_cumprod.shape[0])
+    step = coefficients, guidance_scale
     if use_triton(x_t):
-        return launch_forward(x_t, eps_cond, eps_uncond, keys, alphas_cumprod, step)
-    return torch_path.forward(x_t, eps_cond, eps_uncond, keys, alphas_cumprod, step, _noise)
+        return launch_forward(x_t, eps_cond, eps_uncond, keys, *step)
+    return torch_path.forward(x_t, eps_cond, eps_uncond, keys, *step, _noise)
 
 
 @_ddim_pool_step.register_fake
-def _(x_t, eps_cond, eps_uncond, keys, alphas_cumprod, *fields):
+def _(x_t, eps_cond, eps_uncond, keys, coefficients, guidance_scale):
     candidates = x_t.new_empty((*keys.shape, *x_t.shape[1:]))
     return candidates, empty_like(x_t, memory_format=contiguous_format)
 
 
 @operator(
     "ddim_pool_step_backward",
-    "(Tensor grad_candidates, Tensor grad_x0, Tensor alphas_cumprod, "
-    + STEP_SCHEMA
-    + ", ScalarType x_dtype, ScalarType cond_dtype, ScalarType? uncond_dtype) -> Tensor[]",
+    "(Tensor grad_candidates, Tensor grad_x0, Tensor coefficients, float guidance_scale, ScalarType x_dtype,"
+    " ScalarType cond_dtype, ScalarType? uncond_dtype) -> Tensor[]",
 )
 def _ddim_pool_step_backward(
-    grad_candidates: Tensor, grad_x0: Tensor, alphas_cumprod: Tensor, *rest: Any
+    grad_candidates: Tensor,
+    grad_x0: Tensor,
+    coefficients: Tensor,
+    guidance_scale: float,
+    *dtypes: DType | None,
 ) -> list[Tensor]:
     """Gradients of x_t, eps_cond and, if there is a third dtype, eps_uncond."""
-    dtypes = [x for x in rest[-3:] if x is not None]
     path = launch_backward if use_triton(grad_x0) else torch_path.backward
-    return list(path(grad_candidates, grad_x0, alphas_cumprod, Step(*rest[:-3]), dtypes))
+    given = [x for x in dtypes if x is not None]
+    return list(path(grad_candidates, grad_x0, coefficients, guidance_scale, given))
 
 
 @_ddim_pool_step_backward.register_fake
-def _(grad_candidates, grad_x0, alphas_cumprod, *rest):
-    return [grad_x0.new_empty(grad_x0.shape, dtype=dtype) for dtype in rest[-3:] if dtype is not None]
+def _(grad_candidates, grad_x0, coefficients, guidance_scale, *dtypes):
+    return [grad_x0.new_empty(grad_x0.shape, dtype=dtype) for dtype in dtypes if dtype is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    t_rows, t_prev_rows, *ctx.numbers = inputs[5:]
-    ctx.save_for_backward(inputs[4], t_rows, t_prev_rows)
+    ctx.save_for_backward(inputs[4])
+    ctx.guidance_scale = inputs[5]
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
 
 
 def _backward(ctx: Any, grad_candidates: Tensor, grad_x0: Tensor) -> tuple[Tensor | None, ...]:
-    alphas_cumprod, *rows = ctx.saved_tensors
-    grads = _ddim_pool_step_backward(grad_candidates, grad_x0, alphas_cumprod, *rows, *ctx.numbers, *ctx.dtypes)
-    return *grads, *[None] * (13 - len(grads))
+    grads = _ddim_pool_step_backward(grad_candidates, grad_x0, *ctx.saved_tensors, ctx.guidance_scale, *ctx.dtypes)
+    return *grads, *[None] * (6 - len(grads))
 
 
 _ddim_pool_step.register_autograd(_backward, setup_context=_setup_context)
@@ -112,40 +111,39 @@ def _check_predictions(op: str, x_t: Tensor, eps_cond: Tensor, eps_uncond: Tenso
         check_like(op, "eps_uncond", eps_uncond, "x_t", x_t)
 
 
+_POOL = "ddim_pool_step(x_t, eps_cond, eps_uncond, keys, coefficients, *, guidance_scale, k=None)"
+_X0 = "predict_x0(x_t, eps_cond, eps_uncond, coefficients, *, guidance_scale)"
+_GONE = ("alphas_cumprod", "t", "t_prev", "eta", "final_alpha_cumprod", "prediction_type")
+
+
+@renewed(_POOL, 5, *_GONE)
 def ddim_pool_step(
     x_t: Tensor,
     eps_cond: Tensor,
     eps_uncond: Tensor | None,
     keys: Tensor,
-    alphas_cumprod: Tensor,
-    t: int | Tensor,
-    t_prev: int | Tensor,
+    coefficients: Tensor,
     *,
     guidance_scale: float,
-    eta: float = 1.0,
     k: int | None = None,
-    final_alpha_cumprod: float | None = None,
-    prediction_type: str = "epsilon",
 ) -> DDIMPool:
-    """One DDIM step from x_t: K stochastic candidates for t_prev and the predicted clean latents.
+    """One denoising step from x_t: K stochastic candidates and the predicted clean latents.
 
-    x_t: (B, ...) latents at t, fp16, bf16, fp32 or fp64; rows contiguous or channels_last (elsewhere
-        than on the CPU other strides are refused).
-    eps_cond, eps_uncond: predictions of x_t's shape, in one of these memory orders, x_t's or
-        not; eps_uncond=None: no guidance.
+    x_t: (B, ...) latents, fp16, bf16, fp32 or fp64; rows contiguous or channels_last (elsewhere than on the CPU other
+        strides are refused).
+    eps_cond, eps_uncond: predictions of x_t's shape, of the noise, v or a velocity, in one of these memory orders,
+        x_t's or not; eps_uncond=None: no guidance.
     keys: (B, K) int64 (`derive_keys`); candidate k of row b takes `keyed_noise(keys[b, k])`. K = 0 gives x0 alone.
-    alphas_cumprod: (T,) fp32 or fp64.
-    t, t_prev: numbers or int64 of shape () or (B,), with 0 <= t < T and t_prev < t. t_prev < 0 is the end of the
-        schedule, abar_prev = final_alpha_cumprod in (0, 1], by default alphas_cumprod[0].
-    guidance_scale: finite. eta: in [0, 1]; 0 is the deterministic step, 1 that of DDPM.
+    coefficients: (B, 5) fp32 or fp64, (u, w, drift, c, std) of every row: x0 = u * x_t + w * pred, candidate =
+        x_t + (drift * x_t + c * pred) + std * z. One row that is expanded is read in place. What they are for DDIM is
+        in the docstring of `common/steps.py`.
+    guidance_scale: finite.
     k: None, or K for a check of the keys.
-    prediction_type: "epsilon" or "v_prediction", what eps_cond and eps_uncond are.
 
-    Returns `DDIMPool(candidates, x0)`, contiguous, in x_t's dtype, as diffusers' DDIMScheduler.step without
-    clip_sample computes them in fp32 (fp64 for fp64 x_t). NaN stays in its element. The gradients go to x_t and the
-    two predictions.
-    Raises ValueError for an empty batch, shapes, dtypes, devices, memory layouts or settings that do not fit; on a GPU
-    rows whose timesteps, given as tensors, are out of bounds are NaN.
+    Returns `DDIMPool(candidates, x0)`, contiguous, in x_t's dtype, computed in fp32 (fp64 for fp64 x_t). NaN stays in
+    its element, one in a coefficient makes what it enters NaN in its row. The gradients go to x_t and the two
+    predictions.
+    Raises ValueError for an empty batch, shapes, dtypes, devices, memory layouts or settings that do not fit.
     Source: DDIM, arXiv 2010.02502, equations 12 and 16; SPO, arXiv 2406.04314.
     """
     op = "ddim_pool_step"
@@ -158,46 +156,25 @@ def ddim_pool_step(
     check_device(op, "keys", keys, "x_t", x_t)
     if k is not None and k != keys.shape[1]:
         raise ValueError(f"{op}: k is {k}, keys have {keys.shape[1]} columns")
-    check_alphas_cumprod(op, alphas_cumprod, "x_t", x_t)
-    step = make_step(
-        op,
-        t,
-        t_prev,
-        alphas_cumprod,
-        x_t.shape[0],
-        guidance_scale=guidance_scale,
-        eta=eta,
-        final_alpha_cumprod=final_alpha_cumprod,
-        prediction_type=prediction_type,
-    )
-    return DDIMPool(*_ddim_pool_step(x_t, eps_cond, eps_uncond, keys, alphas_cumprod.detach(), *step))
+    check_step(op, _POOL, coefficients, guidance_scale, x_t, "x_t")
+    return DDIMPool(*_ddim_pool_step(x_t, eps_cond, eps_uncond, keys, coefficients.detach(), float(guidance_scale)))
 
 
+@renewed(_X0, 4, *_GONE)
 def predict_x0(
     x_t: Tensor,
     eps_cond: Tensor,
     eps_uncond: Tensor | None,
-    alphas_cumprod: Tensor,
-    t: int | Tensor,
+    coefficients: Tensor,
     *,
     guidance_scale: float,
-    prediction_type: str = "epsilon",
 ) -> Tensor:
     """The clean latents that a guided prediction implies, for scoring; arguments and errors as `ddim_pool_step`.
 
-    Returns (B, ...), contiguous, in x_t's dtype: (x_t - sqrt(1 - abar_t) * pred) / sqrt(abar_t).
+    Returns (B, ...), contiguous, in x_t's dtype: u * x_t + w * pred; the last three coefficients do not matter.
     """
-    _check_predictions("predict_x0", x_t, eps_cond, eps_uncond)
+    op = "predict_x0"
+    _check_predictions(op, x_t, eps_cond, eps_uncond)
+    check_step(op, _X0, coefficients, guidance_scale, x_t, "x_t")
     keys = empty(x_t.shape[0], 0, dtype=int64, device=x_t.device)
-    pool = ddim_pool_step(
-        x_t,
-        eps_cond,
-        eps_uncond,
-        keys,
-        alphas_cumprod,
-        t,
-        -1,
-        guidance_scale=guidance_scale,
-        prediction_type=prediction_type,
-    )
-    return pool.x0
+    return _ddim_pool_step(x_t, eps_cond, eps_uncond, keys, coefficients.detach(), float(guidance_scale))[1]

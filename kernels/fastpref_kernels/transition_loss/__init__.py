@@ -1,15 +1,16 @@
-"""The step-wise preference loss of SPO over DDIM transitions.
+"""The step-wise preference loss of SPO over denoising transitions.
 
     pred   = eps_uncond + s * (eps_cond - eps_uncond)       s = guidance_scale, policy and reference alike
-    mu     = a * x_t + c * pred                             the mean of the DDIM step, see ddim_pool_step
-    d_i    = mean over C*H*W of [(x_i - mu_ref)^2 - (x_i - mu)^2] / (2 sigma^2)          i = w, l
+    mu     = x_t + (drift * x_t + c * pred)                 the mean of the step, see ddim_pool_step
+    d_i    = mean over C*H*W of [(x_i - mu_ref)^2 - (x_i - mu)^2] / (2 std^2)            i = w, l
     r_i    = clamp(exp(d_i), 1 - clip, 1 + clip)
     loss   = -mean over pairs of log sigmoid(beta * (log r_w - log r_l))
 
-Shapes: x_w, x_l (B, ...); predictions and x_t (B, ...), or (2B, ...) as [winners; losers] where a pair has no common
-x_t -> scalar. Inputs fp16, bf16, fp32 or fp64, mixed at will; arithmetic and results are fp32 (fp64 if eps_cond is).
-d is computed as mean of c * delta * (2 (x_i - mu) + c * delta) / (2 sigma^2) with delta = pred - ref_pred taken branch
-by branch: no difference of nearly equal sums, and d = 0, r = 1 exactly where the policy equals the reference.
+Shapes: x_w, x_l (B, ...), coefficients (B, 5); predictions and x_t (B, ...), or (2B, ...) as [winners; losers] where a
+pair has no common x_t -> scalar. Inputs fp16, bf16, fp32 or fp64, mixed at will; arithmetic and results are fp32 (fp64
+if eps_cond is). d is computed as mean of c * delta * (2 (x_i - mu) + c * delta) / (2 std^2) with delta = pred -
+ref_pred taken branch by branch: no difference of nearly equal sums, and d = 0, r = 1 exactly where the policy equals
+the reference.
 Bytes per element of a prediction at 16 bits, without guidance in brackets: forward 14 [10], stacked 12 [8]; backward
 8 [6] where no ratio is clipped (mu cancels), 14 [10] where one is, 4 [2] where both are; stacked 12 [8], clipped 4 [2].
 The sum has two stages (chunks of a row, then the chunks) whose order is a function of C*H*W alone, without atomics: a
@@ -25,17 +26,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..common.checks import check_batch, check_beta, check_like, check_positive
-from ..common.ddim import (
-    STEP_SCHEMA,
-    Step,
-    check_alphas_cumprod,
-    check_step_rows,
-    empty_rows_like,
-    make_step,
-)
+from ..common.checks import check_batch, check_beta, check_like, check_positive, renewed
 from ..common.dispatch import accumulation_dtype, use_triton
 from ..common.operator import operator
+from ..common.steps import check_step, empty_rows_like
 from . import torch as torch_path
 from .triton import launch_backward, launch_forward
 
@@ -59,17 +53,18 @@ class TransitionLoss(NamedTuple):
 @operator(
     "transition_loss",
     "(Tensor eps_cond, Tensor? eps_uncond, Tensor ref_eps_cond, Tensor? ref_eps_uncond, Tensor x_t, Tensor x_w,"
-    f" Tensor x_l, Tensor alphas_cumprod, {STEP_SCHEMA}, Tensor? stored_beta, float beta, float clip)"
+    " Tensor x_l, Tensor coefficients, float guidance_scale, Tensor? stored_beta, float beta, float clip)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _transition_loss(*inputs: Any) -> tuple[Tensor, ...]:
     """(loss, ratio_w, ratio_l, clipped, accuracy, derivatives of the loss by the log-ratios (2, B))."""
-    alphas_cumprod, step = inputs[7], Step(*inputs[8:-3])
-    check_step_rows("transition_loss", step, alphas_cumprod.shape[0])
-    stored_beta, beta, clip = inputs[-3:]
+    coefficients, guidance_scale, stored_beta, beta, clip = inputs[7:]
+    if coefficients.device.type == "cpu" and (coefficients[:, 4] <= 0).any():  # on a GPU a look would wait for it
+        raise ValueError("transition_loss: a step without noise has no likelihood: needs std > 0 in coefficients")
     bounds = math.log1p(-clip) if clip < 1 else -math.inf, math.log1p(clip)
     path = launch_forward if use_triton(inputs[0]) else torch_path.forward
-    return path(inputs[:4], inputs[4:7], alphas_cumprod, step, beta if stored_beta is None else stored_beta, *bounds)
+    step = coefficients, guidance_scale
+    return path(inputs[:4], inputs[4:7], *step, beta if stored_beta is None else stored_beta, *bounds)
 
 
 @_transition_loss.register_fake
@@ -83,13 +78,13 @@ def _(*inputs):
 @operator(
     "transition_loss_backward",
     "(Tensor grad, Tensor slopes, Tensor eps_cond, Tensor? eps_uncond, Tensor x_t, Tensor x_w, Tensor x_l,"
-    f" Tensor alphas_cumprod, {STEP_SCHEMA}) -> Tensor[]",
+    " Tensor coefficients, float guidance_scale) -> Tensor[]",
 )
 def _transition_loss_backward(*inputs: Any) -> list[Tensor]:
     """Gradients of eps_cond and, unless it is None, eps_uncond, in their memory order."""
-    grad, slopes, eps_cond, eps_uncond, x_t, x_w, x_l, alphas_cumprod, *fields = inputs
+    grad, slopes, eps_cond, eps_uncond, x_t, x_w, x_l, *step = inputs
     path = launch_backward if use_triton(eps_cond) else torch_path.backward
-    return path(grad, slopes, eps_cond, eps_uncond, (x_t, x_w, x_l), alphas_cumprod, Step(*fields))
+    return path(grad, slopes, eps_cond, eps_uncond, (x_t, x_w, x_l), *step)
 
 
 @_transition_loss_backward.register_fake
@@ -99,15 +94,15 @@ def _(*inputs):
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # no zeros, a launch each, for the outputs that nobody differentiates
-    ctx.save_for_backward(output[5], *inputs[:2], *inputs[4:10])
-    ctx.numbers = inputs[10:-3]
+    ctx.save_for_backward(output[5], *inputs[:2], *inputs[4:8])
+    ctx.guidance_scale = inputs[8]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 19
-    grads = _transition_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.numbers)
-    return *grads, *[None] * (19 - len(grads))
+        return (None,) * 12
+    grads = _transition_loss_backward(grad_loss, *ctx.saved_tensors, ctx.guidance_scale)
+    return *grads, *[None] * (12 - len(grads))
 
 
 _transition_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -130,6 +125,13 @@ def _check(predictions: dict[str, Tensor | None], x_t: Tensor, x_w: Tensor, x_l:
             check_like(op, name, x, "x_t", x_t)
 
 
+_CALL = (
+    "transition_loss(eps_cond, eps_uncond, ref_eps_cond, ref_eps_uncond, x_t, x_w, x_l, coefficients, *,"
+    " guidance_scale, beta=10.0, clip=0.1)"
+)
+
+
+@renewed(_CALL, 8, "alphas_cumprod", "t", "t_prev", "eta", "final_alpha_cumprod", "prediction_type")
 def transition_loss(
     eps_cond: Tensor,
     eps_uncond: Tensor | None,
@@ -138,16 +140,11 @@ def transition_loss(
     x_t: Tensor,
     x_w: Tensor,
     x_l: Tensor,
-    alphas_cumprod: Tensor,
-    t: int | Tensor,
-    t_prev: int | Tensor,
+    coefficients: Tensor,
     *,
     guidance_scale: float,
-    eta: float = 1.0,
     beta: float | Tensor = 10.0,
     clip: float | None = 0.1,
-    final_alpha_cumprod: float | None = None,
-    prediction_type: str = "epsilon",
 ) -> TransitionLoss:
     """SPO's loss of transitions x_t -> x_w (preferred) and x_t -> x_l, with its gradient to both guidance branches.
 
@@ -156,45 +153,30 @@ def transition_loss(
     x_t: (B, ...), the state that x_w and x_l came from; or (2B, ...), [winners; losers], where they came from two
         states, the predictions then being (2B, ...) too. With one x_t a prediction is read once for both sides.
     x_w, x_l: (B, ...).
-    alphas_cumprod: (T,) fp32 or fp64.
-    t, t_prev: numbers or int64 of shape () or (B,), those of a pair, as in `ddim_pool_step`.
-    guidance_scale: finite. eta: in (0, 1]. beta: > 0; a number, or a scalar tensor, whose value is not checked.
+    coefficients: (B, 5) fp32 or fp64, (u, w, drift, c, std) of every pair as in `ddim_pool_step`; u and w do not
+        matter, std > 0.
+    guidance_scale: finite. beta: > 0; a number, or a scalar tensor, whose value is not checked.
     clip: bound of the ratios around 1, > 0; outside it a ratio has no gradient. None: no bound. SPO's code: 0.1.
-    final_alpha_cumprod: in (0, 1), as in `ddim_pool_step`.
-    prediction_type: "epsilon" or "v_prediction".
 
     Rows of the predictions must all be contiguous or all channels_last in memory, those of x_t, x_w and x_l likewise
     (elsewhere than on the CPU other strides are refused). Gradients have the dtype and memory order of their
     prediction. NaN in a pair gives a NaN loss and NaN in that pair's ratios and gradients, in no other's.
 
     Returns `TransitionLoss(loss, ratio_w, ratio_l, clipped, accuracy)`.
-    Raises ValueError for an empty batch, shapes, dtypes, devices, memory layouts or settings that do not fit; on a GPU
-    pairs whose timesteps, given as tensors, are out of bounds are NaN.
+    Raises ValueError for an empty batch, shapes, dtypes, devices, memory layouts or settings that do not fit, and for
+    std = 0; on a GPU, where a look would wait for it, such pairs give infinite or NaN ratios.
     Source: SPO, arXiv 2406.04314.
     """
     op = "transition_loss"
     predictions = {"eps_cond": eps_cond, "eps_uncond": eps_uncond}
     references = {"ref_eps_cond": ref_eps_cond, "ref_eps_uncond": ref_eps_uncond}
     _check(predictions | references, x_t, x_w, x_l)
-    check_alphas_cumprod(op, alphas_cumprod, "x_t", x_t)
+    check_step(op, _CALL, coefficients, guidance_scale, x_w, "x_w")
     check_beta(op, beta)
     if clip is not None:
         check_positive(op, "clip", clip)
-    if eta == 0 or final_alpha_cumprod == 1:
-        raise ValueError(f"{op}: a step without noise has no likelihood: needs eta > 0 and final_alpha_cumprod < 1")
-    step = make_step(
-        op,
-        t,
-        t_prev,
-        alphas_cumprod,
-        x_w.shape[0],
-        guidance_scale=guidance_scale,
-        eta=eta,
-        final_alpha_cumprod=final_alpha_cumprod,
-        prediction_type=prediction_type,
-    )
-    fixed = [None if x is None else x.detach() for x in (*references.values(), x_t, x_w, x_l, alphas_cumprod)]
+    fixed = [None if x is None else x.detach() for x in (*references.values(), x_t, x_w, x_l, coefficients)]
     stored_beta = beta.detach() if isinstance(beta, Tensor) else None
     settings = stored_beta, 1.0 if isinstance(beta, Tensor) else float(beta), math.inf if clip is None else float(clip)
-    loss, *rest, _ = _transition_loss(eps_cond, eps_uncond, *fixed, *step, *settings)
+    loss, *rest, _ = _transition_loss(eps_cond, eps_uncond, *fixed, float(guidance_scale), *settings)
     return TransitionLoss(loss, *(x.detach() for x in rest))

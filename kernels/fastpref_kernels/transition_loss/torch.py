@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..common.ddim import Step, empty_rows_like
-from ..common.ddim_torch import CHUNK, coefficients, guided
 from ..common.dispatch import accumulation_dtype
 from ..common.rows import row_chunks, share_won, sum_rows
+from ..common.steps import CHUNK, columns, empty_rows_like, guided
 
 
 def _parts(n_rows: int, n_pairs: int, n_elements: int) -> Iterator[tuple[slice, slice, tuple[int, ...]]]:
@@ -28,8 +27,8 @@ def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
 def forward(
     predictions: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
     latents: tuple[Tensor, Tensor, Tensor],
-    alphas_cumprod: Tensor,
-    step: Step,
+    coefficients: Tensor,
+    guidance_scale: float,
     beta: float | Tensor,
     low: float,
     high: float,
@@ -39,19 +38,19 @@ def forward(
     x_t, *ends = latents
     dtype = accumulation_dtype(cond.dtype)
     n_rows, n_pairs, n_elements = cond.shape[0], ends[0].shape[0], cond[0].numel()
-    drift, mean_pred, _, _, sigma = coefficients(alphas_cumprod, step, n_pairs, dtype)
+    _, _, drift, c, std = columns(coefficients, dtype)
     log_ratio = torch.empty(2, n_pairs, dtype=dtype, device=cond.device)
     for rows, pairs, sides in _parts(n_rows, n_pairs, n_elements):
         # the difference branch by branch: exactly 0 where the policy equals the reference
         shift = cond[rows].to(dtype).sub(ref_cond[rows].to(dtype)).flatten(1)
         if uncond is not None and ref_uncond is not None:
             base = uncond[rows].to(dtype).sub(ref_uncond[rows].to(dtype)).flatten(1)
-            shift = shift.sub_(base).mul_(step.guidance_scale).add_(base)
-        shift.mul_(mean_pred[pairs])
-        pred = guided(cond[rows], _rows(uncond, rows), step.guidance_scale, dtype)
+            shift = shift.sub_(base).mul_(guidance_scale).add_(base)
+        shift.mul_(c[pairs])
+        pred = guided(cond[rows], _rows(uncond, rows), guidance_scale, dtype)
         x = x_t[rows].to(dtype).flatten(1)
-        move = x.mul(drift[pairs]).add_(pred.mul_(mean_pred[pairs]))
-        scale = 0.5 / (sigma[pairs] * sigma[pairs])
+        move = x.mul(drift[pairs]).add_(pred.mul_(c[pairs]))
+        scale = 0.5 / (std[pairs] * std[pairs])
         for side in sides:
             distance = ends[side][pairs].to(dtype).flatten(1).sub(x).sub_(move)
             total = sum_rows(distance.mul_(2.0).add_(shift).mul_(shift))
@@ -82,21 +81,21 @@ def backward(
     cond: Tensor,
     uncond: Tensor | None,
     latents: tuple[Tensor, Tensor, Tensor],
-    alphas_cumprod: Tensor,
-    step: Step,
+    coefficients: Tensor,
+    guidance_scale: float,
 ) -> list[Tensor]:
     """Gradients of eps_cond and, unless it is None, eps_uncond, in their memory order."""
     x_t, *ends = latents
     dtype = accumulation_dtype(cond.dtype)
     n_rows, n_pairs, n_elements = cond.shape[0], slopes.shape[1], cond[0].numel()
-    drift, mean_pred, _, _, sigma = coefficients(alphas_cumprod, step, n_pairs, dtype)
-    weights = slopes.unsqueeze(2) * (grad.to(dtype) * mean_pred / (sigma * sigma) / n_elements)
+    _, _, drift, c, std = columns(coefficients, dtype)
+    weights = slopes.unsqueeze(2) * (grad.to(dtype) * c / (std * std) / n_elements)
     places = [empty_rows_like(x) for x in (cond, uncond) if x is not None]
-    scales = (step.guidance_scale, 1.0 - step.guidance_scale) if len(places) == 2 else (1.0,)
+    scales = (guidance_scale, 1.0 - guidance_scale) if len(places) == 2 else (1.0,)
     for rows, pairs, sides in _parts(n_rows, n_pairs, n_elements):
-        pred = guided(cond[rows], _rows(uncond, rows), step.guidance_scale, dtype)
+        pred = guided(cond[rows], _rows(uncond, rows), guidance_scale, dtype)
         x = x_t[rows].to(dtype).flatten(1)
-        move = x.mul(drift[pairs]).add_(pred.mul_(mean_pred[pairs]))
+        move = x.mul(drift[pairs]).add_(pred.mul_(c[pairs]))
         total = torch.zeros_like(move)
         for side in sides:
             distance = ends[side][pairs].to(dtype).flatten(1).sub(x).sub_(move)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.ddim import Step, all_channels_last, empty_rows_like, load_fp32, step_coefficients, transpose
 from ..common.dispatch import jit, tl
 from ..common.pairwise import log_sigmoid_and_slope, won
+from ..common.steps import all_channels_last, empty_rows_like, load_fp32, load_step, row_pointer, transpose
 
 _BLOCK = 1024
 _MAX_CHUNKS = 256  # of a row: enough programs for a full GPU at two rows, few enough for one block in the second stage
@@ -28,22 +28,15 @@ def _transition_chunk_kernel(
     x_ptr,
     x_w_ptr,
     x_l_ptr,
-    alphas_cumprod_ptr,
-    t_ptr,
-    t_prev_ptr,
+    coefficients_ptr,
     partial_ptr,
     n_elements,
     n_rows: int,
     n_pairs: int,
     n_chunks: int,
     n_blocks: int,
-    n_timesteps: int,
-    t_all: int,
-    t_prev_all: int,
-    v_prediction: int,
+    coefficient_row: int,
     guidance_scale,
-    eta,
-    final_alpha,
     cond_row,
     uncond_row,
     ref_cond_row,
@@ -64,9 +57,7 @@ def _transition_chunk_kernel(
     loser = row - (n_rows - n_pairs)
     is_w, is_l = row < n_pairs, loser >= 0
     pair = tl.where(is_w, row, loser)
-    drift, mean_pred, _, _, sigma = step_coefficients(
-        alphas_cumprod_ptr, n_timesteps, t_ptr, t_prev_ptr, pair, t_all, t_prev_all, final_alpha, eta, v_prediction
-    )
+    _, _, drift, c, std = load_step(coefficients_ptr, coefficient_row, pair)
     total_w = tl.zeros((BLOCK_SIZE,), tl.float32)
     total_l = tl.zeros((BLOCK_SIZE,), tl.float32)
     start = (chunk * n_blocks).to(tl.int64) * BLOCK_SIZE
@@ -82,14 +73,15 @@ def _transition_chunk_kernel(
             base = uncond - load_fp32(ref_uncond_ptr + row * ref_uncond_row + offset, mask)
             shift = base + guidance_scale * (shift - base)
             pred = uncond + guidance_scale * (pred - uncond)
-        shift = mean_pred * shift
+        shift = c * shift
         x = load_fp32(x_ptr + row * x_row + at_x, mask)
-        move = drift * x + mean_pred * pred
-        x_w = load_fp32(x_w_ptr + row * x_w_row + at_x, mask & is_w)
-        x_l = load_fp32(x_l_ptr + loser * x_l_row + at_x, mask & is_l)
+        move = drift * x + c * pred
+        # is_w and is_l, not kept over the loop: with them sm_100 spills
+        x_w = load_fp32(x_w_ptr + row * x_w_row + at_x, mask & (row < n_pairs))
+        x_l = load_fp32(x_l_ptr + loser * x_l_row + at_x, mask & (row >= n_rows - n_pairs))
         total_w += shift * (2.0 * (x_w - x - move) + shift)
         total_l += shift * (2.0 * (x_l - x - move) + shift)
-    scale = 0.5 / (sigma * sigma)
+    scale = 0.5 / (std * std)
     place = partial_ptr + chunk
     tl.store(place + row * n_chunks, tl.sum(total_w, axis=0) * scale, mask=is_w)
     tl.store(place + (n_pairs + loser) * n_chunks, tl.sum(total_l, axis=0) * scale, mask=is_l)
@@ -158,22 +150,15 @@ def _transition_bwd_kernel(
     x_ptr,
     x_w_ptr,
     x_l_ptr,
-    alphas_cumprod_ptr,
-    t_ptr,
-    t_prev_ptr,
+    coefficients_ptr,
     grad_cond_ptr,
     grad_uncond_ptr,
     n_elements,
     n_rows: int,
     n_pairs: int,
     n_blocks: int,
-    n_timesteps: int,
-    t_all: int,
-    t_prev_all: int,
-    v_prediction: int,
+    coefficient_row: int,
     guidance_scale,
-    eta,
-    final_alpha,
     cond_row,
     uncond_row,
     x_row,
@@ -185,15 +170,13 @@ def _transition_bwd_kernel(
     LINEAR: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """grad_pred = c / (sigma^2 * C*H*W) * sum over sides of slope * (x - mu), a program per row and block."""
+    """grad_pred = c / (std^2 * C*H*W) * sum over sides of slope * (x - mu), a program per row and block."""
     program = tl.program_id(0).to(tl.int64)
     row = program // n_blocks
     loser = row - (n_rows - n_pairs)
     is_w, is_l = row < n_pairs, loser >= 0
     pair = tl.where(is_w, row, loser)
-    drift, mean_pred, _, _, sigma = step_coefficients(
-        alphas_cumprod_ptr, n_timesteps, t_ptr, t_prev_ptr, pair, t_all, t_prev_all, final_alpha, eta, v_prediction
-    )
+    _, _, drift, c, std = load_step(coefficients_ptr, coefficient_row, pair)
     slope_w = tl.load(slopes_ptr + row, mask=is_w, other=0.0)
     slope_l = tl.load(slopes_ptr + n_pairs + loser, mask=is_l, other=0.0)
     offset = (program - row * n_blocks) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
@@ -210,9 +193,9 @@ def _transition_bwd_kernel(
         uncond = load_fp32(uncond_ptr + row * uncond_row + offset, needed)
         pred = uncond + guidance_scale * (pred - uncond)
     x = load_fp32(x_ptr + row * x_row + at_x, needed)
-    move = drift * x + mean_pred * pred
+    move = drift * x + c * pred
     origin = tl.where(slope_w + slope_l != 0.0, x, x_l)
-    scale = tl.load(grad_ptr).to(tl.float32) * (mean_pred / (sigma * sigma)) / tl.cast(n_elements, tl.float32)
+    scale = tl.load(grad_ptr).to(tl.float32) * (c / (std * std)) / tl.cast(n_elements, tl.float32)
     grad_pred = scale * slope_w * (x_w - origin - move) + scale * slope_l * (x_l - origin - move)
     place = row * n_elements + offset
     if GUIDED:
@@ -246,8 +229,8 @@ def _named(prefix: str, cond: Tensor, uncond: Tensor | None) -> dict[str, Tensor
 def launch_forward(
     predictions: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
     latents: tuple[Tensor, Tensor, Tensor],
-    alphas_cumprod: Tensor,
-    step: Step,
+    coefficients: Tensor,
+    guidance_scale: float,
     beta: float | Tensor,
     low: float,
     high: float,
@@ -257,6 +240,7 @@ def launch_forward(
     inner, outer, linear = _order(named, dict(zip(("x_t", "x_w", "x_l"), latents, strict=True)))
     n_rows, n_pairs, n_elements = cond.shape[0], latents[1].shape[0], cond[0].numel()
     n_chunks, n_blocks = _chunks(n_elements)
+    coefficients, coefficient_row = row_pointer(coefficients)
     tensors = (cond, cond if uncond is None else uncond, ref_cond, ref_cond if ref_uncond is None else ref_uncond)
     partial, ratio_w, ratio_l, slopes, *scalars = (
         torch.empty(shape, dtype=torch.float32, device=cond.device)
@@ -265,16 +249,15 @@ def launch_forward(
     _transition_chunk_kernel[(n_rows, n_chunks)](
         *tensors,
         *latents,
-        alphas_cumprod.contiguous(),
-        *step.row_pointers(cond.device),
+        coefficients,
         partial,
         n_elements,
         n_rows,
         n_pairs,
         n_chunks,
         n_blocks,
-        alphas_cumprod.shape[0],
-        *step.numbers(),
+        coefficient_row,
+        guidance_scale,
         *(x.stride(0) for x in (*tensors, *latents)),
         inner,
         outer,
@@ -310,29 +293,29 @@ def launch_backward(
     cond: Tensor,
     uncond: Tensor | None,
     latents: tuple[Tensor, Tensor, Tensor],
-    alphas_cumprod: Tensor,
-    step: Step,
+    coefficients: Tensor,
+    guidance_scale: float,
 ) -> list[Tensor]:
     named = _named("", cond, uncond)
     inner, outer, linear = _order(named, dict(zip(("x_t", "x_w", "x_l"), latents, strict=True)))
     n_elements = cond[0].numel()
     n_blocks = -(-n_elements // _BLOCK)
+    coefficients, coefficient_row = row_pointer(coefficients)
     grads = [empty_rows_like(x) for x in named.values()]
     tensors = (cond, cond if uncond is None else uncond, *latents)
     _transition_bwd_kernel[(cond.shape[0] * n_blocks,)](
         grad,
         slopes,
         *tensors,
-        alphas_cumprod.contiguous(),
-        *step.row_pointers(cond.device),
+        coefficients,
         grads[0],
         grads[-1],
         n_elements,
         cond.shape[0],
         slopes.shape[1],
         n_blocks,
-        alphas_cumprod.shape[0],
-        *step.numbers(),
+        coefficient_row,
+        guidance_scale,
         *(x.stride(0) for x in tensors),
         inner,
         outer,

@@ -12,32 +12,24 @@ from torch import Tensor
 import fastpref_kernels as fp
 from fastpref_kernels.ddim_pool_step import triton as kernels
 
-from .case import ALPHAS_CUMPROD, BF16, Fault, KernelCase, Row, Workload, on, tensor
+from .case import BF16, Fault, KernelCase, Row, Workload, on, tensor
 
-STEP = {
-    "n_timesteps": "i32",
-    "t_all": "i32",
-    "t_prev_all": "i32",
-    "v_prediction": "i32",
-    "guidance_scale": "fp32",
-    "eta": "fp32",
-    "final_alpha": "fp32",
-}
+STEP = {"coefficient_row": "i32", "guidance_scale": "fp32"}
 
 
-def suffix(dtype: str, alphas: str, guided: bool, linear: bool = True) -> str:
+def suffix(dtype: str, step: str, guided: bool, linear: bool = True) -> str:
     """What a case's name says of its configuration."""
-    parts = [dtype, *(["alphas_fp64"] if alphas == "fp64" else []), "guided" if guided else "plain"]
+    parts = [dtype, *(["step_fp64"] if step == "fp64" else []), "guided" if guided else "plain"]
     return ",".join(parts if linear else [*parts, "transposed"])
 
 
-def _forward(x: str, pred: str, alphas: str, guided: bool, linear: bool) -> KernelCase:
-    pointers = {"x_ptr": x, "cond_ptr": pred, "uncond_ptr": pred, "keys_ptr": "i64", "alphas_cumprod_ptr": alphas}
-    pointers |= {"t_ptr": "i64", "t_prev_ptr": "i64", "candidates_ptr": x, "x0_ptr": x}
+def _forward(x: str, pred: str, step: str, guided: bool, linear: bool) -> KernelCase:
+    pointers = {"x_ptr": x, "cond_ptr": pred, "uncond_ptr": pred, "keys_ptr": "i64", "coefficients_ptr": step}
+    pointers |= {"candidates_ptr": x, "x0_ptr": x}
     rows = ("x_row", "cond_row", "uncond_row")
     wide = ("x_ptr", "cond_ptr", *(["uncond_ptr"] if guided else []), "x0_ptr", "candidates_ptr")
     return KernelCase(
-        name=f"ddim_pool_fwd[{suffix(x if x == pred else f'{pred}->{x}', alphas, guided, linear)}]",
+        name=f"ddim_pool_fwd[{suffix(x if x == pred else f'{pred}->{x}', step, guided, linear)}]",
         kernel=kernels._ddim_pool_fwd_kernel,
         signature={name: f"*{dtype}" for name, dtype in pointers.items()}
         | {"n_elements": "i32", "n_blocks": "i32", "n_candidates": "i32"}
@@ -49,12 +41,12 @@ def _forward(x: str, pred: str, alphas: str, guided: bool, linear: bool) -> Kern
     )
 
 
-def _backward(dtype: str, alphas: str, guided: bool) -> KernelCase:
-    pointers = {"grad_candidates_ptr": dtype, "grad_x0_ptr": dtype, "alphas_cumprod_ptr": alphas, "t_ptr": "i64"}
-    pointers |= {"t_prev_ptr": "i64", "grad_x_ptr": dtype, "grad_cond_ptr": dtype, "grad_uncond_ptr": dtype}
+def _backward(dtype: str, step: str, guided: bool) -> KernelCase:
+    pointers = {"grad_candidates_ptr": dtype, "grad_x0_ptr": dtype, "coefficients_ptr": step}
+    pointers |= {"grad_x_ptr": dtype, "grad_cond_ptr": dtype, "grad_uncond_ptr": dtype}
     wide = ("grad_candidates_ptr", "grad_x0_ptr", "grad_x_ptr", "grad_cond_ptr")
     return KernelCase(
-        name=f"ddim_pool_bwd[{suffix(dtype, alphas, guided)}]",
+        name=f"ddim_pool_bwd[{suffix(dtype, step, guided)}]",
         kernel=kernels._ddim_pool_bwd_kernel,
         signature={name: f"*{kind}" for name, kind in pointers.items()}
         | {"n_elements": "i32", "n_blocks": "i32", "n_candidates": "i32"}
@@ -97,10 +89,10 @@ def workloads() -> list[Workload]:
         Workload(
             op="ddim_pool_step",
             variant=f"K={CANDIDATES}",
-            make=plain.latents("x_t", "eps_cond", "eps_uncond", keys=plain.pool_keys, alphas=plain.alphas),
+            make=plain.latents("x_t", "eps_cond", "eps_uncond", keys=plain.pool_keys, step=plain.step),
             run=lambda i: tuple(
                 fp.ddim_pool_step(
-                    i["x_t"], i["eps_cond"], i["eps_uncond"], i["keys"], i["alphas"], T, T_PREV, guidance_scale=GUIDANCE
+                    i["x_t"], i["eps_cond"], i["eps_uncond"], i["keys"], i["step"], guidance_scale=GUIDANCE
                 )
             ),
             eager=pool,
@@ -114,18 +106,18 @@ def workloads() -> list[Workload]:
 
 
 LATENT = (2, 3, 5)
-ROWS_OF_T, NUMBERS = (torch.tensor([50, 98]), torch.tensor([0, 49]), -1, 0), (None, None, 50, 0)
-SETTINGS = (5.0, 0.5, -1.0, False)
+ROWS_OF_STEPS = torch.tensor([[2.0, -1.5, 0.25, -0.5, 0.5], [1.0, -0.25, 0.0, -0.125, 0.25]])
+ONE_STEP = ROWS_OF_STEPS[:1].expand(2, 5)
 
 
 def samples() -> dict[str, tuple]:
     keys = torch.arange(6).view(2, 3)
     pool = (tensor(*LATENT, grad=True), tensor(*LATENT, grad=True))
     return {
-        "ddim_pool_step": (*pool, tensor(*LATENT, grad=True, dtype=BF16), keys, ALPHAS_CUMPROD, *ROWS_OF_T, *SETTINGS),
-        "ddim_pool_step[plain]": (*pool, None, keys, ALPHAS_CUMPROD, *NUMBERS, *SETTINGS),
+        "ddim_pool_step": (*pool, tensor(*LATENT, grad=True, dtype=BF16), keys, ROWS_OF_STEPS, 5.0),
+        "ddim_pool_step[plain]": (*pool, None, keys, ONE_STEP, 5.0),
         "ddim_pool_step_backward": (
-            *(tensor(2, 3, 3, 5), tensor(*LATENT), ALPHAS_CUMPROD, *ROWS_OF_T, *SETTINGS),
+            *(tensor(2, 3, 3, 5), tensor(*LATENT), ROWS_OF_STEPS, 5.0),
             *(torch.float32, BF16, None),
         ),
     }
@@ -133,17 +125,14 @@ def samples() -> dict[str, tuple]:
 
 ROWS = [
     Row(
-        (
-            "`ddim_pool_step(x_t, eps_cond, eps_uncond, keys, alphas_cumprod, t, t_prev, *, guidance_scale, eta, "
-            "k, ...)`"
-        ),
-        "guidance, predicted x0, DDIM mean, K candidates",
+        "`ddim_pool_step(x_t, eps_cond, eps_uncond, keys, coefficients, *, guidance_scale, k)`",
+        "guidance, predicted x0, mean of the step, K candidates",
         "to `x_t` and both predictions",
         "8 + 2K",
         "8 + 2K",
     ),
     Row(
-        "`predict_x0(...)`",
+        "`predict_x0(x_t, eps_cond, eps_uncond, coefficients, *, guidance_scale)`",
         "the predicted clean latents of such a step alone",
         "",
         "",
@@ -154,8 +143,8 @@ ROWS = [
 POOL = on("ddim_pool_step", "worked_by_hand or (test_matches_oracle and float32)")
 
 FAULTS = [
-    Fault("missing square of eta", "common/ddim.py", "variance = eta * eta *", "variance = eta *", POOL),
-    Fault("wrong abar", "common/ddim.py", "(gap / abar_prev)", "(gap / abar)", POOL),
+    Fault("std for c", "common/steps.py", "c = tl.load(place + 3)", "c = tl.load(place + 4)", POOL),
+    Fault("one step for all rows", "common/steps.py", "row * coefficient_row", "0 * coefficient_row", POOL),
     Fault(
         "guidance the wrong way",
         "ddim_pool_step/triton.py",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from gpu import plain
-from gpu.plain import BETA, GUIDANCE, T_PREV, Inputs, T
+from gpu.plain import BETA, GUIDANCE, Inputs
 from torch import Tensor
 from torch.nn import functional as F
 
 import fastpref_kernels as fp
 from fastpref_kernels.transition_loss import triton as kernels
 
-from .case import ALPHAS_CUMPROD, BF16, Fault, KernelCase, Row, Workload, on, tensor
-from .ddim_pool_step import LATENT, NUMBERS, ROWS_OF_T, SETTINGS, STEP, guided_step, suffix, types_and_flags
+from .case import BF16, Fault, KernelCase, Row, Workload, on, tensor
+from .ddim_pool_step import LATENT, ONE_STEP, ROWS_OF_STEPS, STEP, guided_step, suffix, types_and_flags
 
 PREDICTIONS = ("cond", "uncond", "ref_cond", "ref_uncond")
 LATENTS = ("x", "x_w", "x_l")
@@ -37,11 +37,11 @@ def _case(name: str, kernel: str, pointers: dict[str, str], counts: tuple[str, .
     )
 
 
-def _forward(x: str, pred: str, alphas: str, guided: bool, linear: bool) -> KernelCase:
+def _forward(x: str, pred: str, step: str, guided: bool, linear: bool) -> KernelCase:
     read = PREDICTIONS if guided else ("cond", "ref_cond")
-    tail = {"alphas_cumprod_ptr": alphas, "t_ptr": "i64", "t_prev_ptr": "i64", "partial_ptr": "fp32"}
+    tail = {"coefficients_ptr": step, "partial_ptr": "fp32"}
     return _case(
-        f"transition_chunk[{suffix(x if x == pred else f'{pred}->{x}', alphas, guided, linear)}]",
+        f"transition_chunk[{suffix(x if x == pred else f'{pred}->{x}', step, guided, linear)}]",
         "_transition_chunk_kernel",
         _tensors((*PREDICTIONS, *LATENTS), pred, x) | tail,
         ("n_rows", "n_pairs", "n_chunks", "n_blocks"),
@@ -50,14 +50,13 @@ def _forward(x: str, pred: str, alphas: str, guided: bool, linear: bool) -> Kern
     )
 
 
-def _backward(x: str, pred: str, alphas: str, guided: bool, linear: bool) -> KernelCase:
+def _backward(x: str, pred: str, step: str, guided: bool, linear: bool) -> KernelCase:
     written = ("grad_cond", "grad_uncond") if guided else ("grad_cond",)
     read = ("cond", "uncond") if guided else ("cond",)
     head = {"grad_ptr": "fp32", "slopes_ptr": "fp32"}
-    tail = {"alphas_cumprod_ptr": alphas, "t_ptr": "i64", "t_prev_ptr": "i64"}
-    tail |= {"grad_cond_ptr": pred, "grad_uncond_ptr": pred}
+    tail = {"coefficients_ptr": step, "grad_cond_ptr": pred, "grad_uncond_ptr": pred}
     return _case(
-        f"transition_bwd[{suffix(x if x == pred else f'{pred}->{x}', alphas, guided, linear)}]",
+        f"transition_bwd[{suffix(x if x == pred else f'{pred}->{x}', step, guided, linear)}]",
         "_transition_bwd_kernel",
         head | _tensors(("cond", "uncond", *LATENTS), pred, x) | tail,
         ("n_rows", "n_pairs", "n_blocks"),
@@ -102,8 +101,8 @@ def transition(i: Inputs) -> tuple[Tensor, ...]:
 
 def _spo(i: Inputs) -> tuple[Tensor, ...]:
     names = ("eps_cond", "eps_uncond", "ref_eps_cond", "ref_eps_uncond", "x_t", "x_w", "x_l")
-    settings = {"guidance_scale": GUIDANCE, "eta": 1.0, "beta": BETA / 500, "clip": None}
-    return (fp.transition_loss(*(i[name] for name in names), i["alphas"], T, T_PREV, **settings)[0],)
+    settings = {"guidance_scale": GUIDANCE, "beta": BETA / 500, "clip": None}
+    return (fp.transition_loss(*(i[name] for name in names), i["step"], **settings)[0],)
 
 
 def workloads() -> list[Workload]:
@@ -112,9 +111,7 @@ def workloads() -> list[Workload]:
         Workload(
             op="transition_loss",
             variant="shared x_t",
-            make=plain.latents(
-                *predictions, "ref_eps_cond", "ref_eps_uncond", "x_t", "x_w", "x_l", alphas=plain.alphas
-            ),
+            make=plain.latents(*predictions, "ref_eps_cond", "ref_eps_uncond", "x_t", "x_w", "x_l", step=plain.step),
             run=_spo,
             eager=transition,
             wrt=predictions,
@@ -127,11 +124,11 @@ def workloads() -> list[Workload]:
 
 
 def samples() -> dict[str, tuple]:
-    step = (*[tensor(*LATENT)] * 3, ALPHAS_CUMPROD, *NUMBERS, *SETTINGS)
+    step = (*[tensor(*LATENT)] * 3, ONE_STEP, 5.0)
     bare = tensor(*LATENT, grad=True), None, tensor(*LATENT), None
     stacked = (tensor(4, 3, 5, grad=True, dtype=BF16), tensor(4, 3, 5, grad=True), *[tensor(4, 3, 5)] * 3)
     return {
-        "transition_loss": (*stacked, *[tensor(*LATENT)] * 2, ALPHAS_CUMPROD, *ROWS_OF_T, *SETTINGS, None, 10.0, 0.1),
+        "transition_loss": (*stacked, *[tensor(*LATENT)] * 2, ROWS_OF_STEPS, 5.0, None, 10.0, 0.1),
         "transition_loss[plain]": (*bare, *step, tensor().exp(), 1.0, 0.1),
         "transition_loss_backward": (tensor(), tensor(2, 2), tensor(*LATENT, dtype=BF16), tensor(*LATENT), *step),
     }
@@ -140,10 +137,10 @@ def samples() -> dict[str, tuple]:
 ROWS = [
     Row(
         (
-            "`transition_loss(eps_cond, eps_uncond, ref_eps_cond, ref_eps_uncond, x_t, x_w, x_l, alphas_cumprod, "
-            "t, t_prev, *, guidance_scale, eta, beta, clip, ...)`"
+            "`transition_loss(eps_cond, eps_uncond, ref_eps_cond, ref_eps_uncond, x_t, x_w, x_l, coefficients, "
+            "*, guidance_scale, beta, clip)`"
         ),
-        "SPO's loss of two DDIM transitions; the ratio is exactly 1 where policy equals reference",
+        "SPO's loss of two denoising transitions; the ratio is exactly 1 where policy equals reference",
         "to both branches",
         "14; 10 without guidance",
         "8 to 14",
@@ -171,8 +168,8 @@ FAULTS = [
     Fault(
         "half of the likelihood",
         "transition_loss/triton.py",
-        "scale = 0.5 / (sigma * sigma)",
-        "scale = 1.0 / (sigma * sigma)",
+        "scale = 0.5 / (std * std)",
+        "scale = 1.0 / (std * std)",
         SPO,
     ),
     Fault("gradient where clipped", "transition_loss/triton.py", "tl.where(out_w, 0.0, -slope)", "-slope", CLIPPING),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from cases.case import Inputs
+from coefficients import ddim
 from torch import Tensor
 
 import fastpref_kernels as fp
@@ -51,8 +52,10 @@ def minus_sigma(shape: tuple[int, ...], device: str) -> Tensor:
     return -sigma(shape, device)
 
 
-def alphas(shape: tuple[int, ...], device: str) -> Tensor:
-    return ALPHAS.float().to(device)
+def step(shape: tuple[int, ...], device: str) -> Tensor:
+    """Coefficients of the DDIM step T -> T_PREV with eta = 1, of every row."""
+    row = ddim(ALPHAS, torch.tensor([T]), torch.tensor([T_PREV]))
+    return row.float().to(device).expand(shape[0], -1).contiguous()
 
 
 def errors(shape: tuple[int, ...], device: str) -> Tensor:
