@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     so do those that launch no kernel at all."""
     if WHERE != "lanes":
         return
-    inside = {"traffic", "only", "interpreter", "GridExecutor", "shipped", "counted"}
+    inside = {"traffic", "only", "shuffled", "interpreter", "GridExecutor", "shipped", "counted"}
     launches = [item for item in items if isinstance(item, pytest.Function) and _launches(item)]
     for item in launches:
         if inside & set(item.function.__code__.co_names):

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from interpreter import shuffled
 from reference import implicit_reward as oracle
 from tolerances import assert_close
 
 from fastpref_kernels import implicit_reward, implicit_reward_parts
+from fastpref_kernels.common.last import counters
 
 SHAPES = [(1, 1), (2, 1, 1, 1), (3, 3, 7, 5), (2, 33, 31), (4, 4, 16, 16), (2, 4, 37, 61)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -164,3 +166,15 @@ def test_errors_are_one_line(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         implicit_reward_parts(**arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_triton_last_program_adds_up_in_any_order(triton_path: None, seed: int) -> None:
+    """Which program of a row is last decides nothing, and every launch leaves its counters at 0."""
+    pred, target, ref_pred = batch((4, 4, 19, 17), torch.float32)
+    expected = implicit_reward_parts(pred, target, ref_pred=ref_pred, cross=True)
+    with shuffled(seed):
+        for _ in range(2):
+            found = implicit_reward_parts(pred, target, ref_pred=ref_pred, cross=True)
+            assert all(map(torch.equal, found, expected))
+            assert not counters(pred.device, 1).any()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import Launch, bf16_to_fp32, fp32_to_bf16, only, traffic
+from interpreter import Launch, bf16_to_fp32, fp32_to_bf16, only, shuffled, traffic
 from triton.runtime.errors import InterpreterError
 
 from fastpref_kernels.common.dispatch import jit, tl
@@ -122,3 +122,57 @@ def test_only_the_selected_programs_run() -> None:
 
 def test_empty_memory_is_poisoned() -> None:
     assert torch.empty(100).isnan().all() and torch.empty_like(torch.zeros(100).half()).isnan().all()
+
+
+@jit
+def _last_adds_kernel(x_ptr, part_ptr, counter_ptr, out_ptr, EARLY: tl.constexpr, SEM: tl.constexpr):
+    """The sum of x by the last program to count in; EARLY: which counts in before it stores its part."""
+    i, n = tl.program_id(0), tl.num_programs(0)
+    if not EARLY:
+        tl.store(part_ptr + i, tl.load(x_ptr + i))
+    last = tl.atomic_add(counter_ptr, 1, sem=SEM) == n - 1
+    if EARLY:
+        tl.store(part_ptr + i, tl.load(x_ptr + i))
+    if last:
+        j = tl.arange(0, 8)
+        tl.store(out_ptr, tl.sum(tl.load(part_ptr + j, mask=j < n, other=0.0), axis=0))
+        tl.store(counter_ptr, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_counter_orders_programs(seed: int) -> None:
+    x, part, counter, out = torch.arange(6.0), torch.empty(6), torch.zeros(1, dtype=torch.int32), torch.empty(1)
+    with shuffled(seed):
+        _last_adds_kernel[(6,)](x, part, counter, out, EARLY=False, SEM="acq_rel")
+        assert out.item() == 15.0 and counter.item() == 0
+        for early, sem in ((True, "acq_rel"), (False, "relaxed"), (False, "acquire")):
+            counter.zero_()
+            with pytest.raises(InterpreterError, match="of an element of another program"):
+                _last_adds_kernel[(6,)](x, part, counter, out, EARLY=early, SEM=sem)
+
+
+@jit
+def _reset_kernel(counter_ptr, AT: tl.constexpr):
+    if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == AT:
+        tl.store(counter_ptr, 0)
+
+
+def test_a_counter_reset_before_all_have_counted_in_is_a_race() -> None:
+    with pytest.raises(InterpreterError, match="atomic on what another program stored"):
+        _reset_kernel[(4,)](torch.zeros(1, dtype=torch.int32), AT=2)
+    counter = torch.zeros(1, dtype=torch.int32)
+    _reset_kernel[(4,)](counter, AT=3)
+    assert counter.item() == 0
+
+
+def test_programs_run_in_another_order() -> None:
+    order = torch.zeros(1, dtype=torch.int32)
+    found = torch.empty(8, dtype=torch.int32)
+    with shuffled(1):
+        _ticket_kernel[(8,)](order, found)
+    assert sorted(found.tolist()) == list(range(8)) != found.tolist()
+
+
+@jit
+def _ticket_kernel(counter_ptr, out_ptr):
+    tl.store(out_ptr + tl.program_id(0), tl.atomic_add(counter_ptr, 1, sem="acq_rel"))

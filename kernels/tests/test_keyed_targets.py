@@ -148,13 +148,12 @@ def test_bytes_per_element(kind: str, reference: str, forward: int, backward: in
     with dispatch.triton_on_cpu(), traffic() as launches:
         implicit_reward(pred, target, **given).sum().backward()
     assert [launch.kernel for launch in launches] == [
-        "_implicit_reward_chunk_kernel",
-        "_implicit_reward_row_kernel",
+        "_implicit_reward_fwd_kernel",
         "_implicit_reward_bwd_kernel",
     ]
-    for launch, expected in ((launches[0], forward), (launches[2], backward)):
+    for launch, expected in ((launches[0], forward), (launches[1], backward)):
         rest = launch.read + launch.written - expected * pred.numel()
-        assert 0 <= rest <= 32 * launch.programs
+        assert 0 <= rest <= 40 * launch.programs
 
 
 def test_offsets_past_two_to_the_31(path: str) -> None:

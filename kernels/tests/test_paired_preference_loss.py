@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from interpreter import traffic
+from interpreter import shuffled, traffic
 from reference import keyed_noise as noise_oracle
 from reference import paired_preference_loss as oracle
 from sparse import far_rows
@@ -15,6 +15,7 @@ from triton.runtime.interpreter import GridExecutor
 from fastpref_kernels import KeyedNoise, KeyedVelocity, dpo_loss, implicit_reward, rpo_loss
 from fastpref_kernels import paired_preference_loss as fused
 from fastpref_kernels.common import dispatch
+from fastpref_kernels.common.last import counters
 
 ALPHAS_CUMPROD = torch.linspace(0.99, 0.01, 100)
 RPO = {"kind": "rpo", "temperature": 0.3}
@@ -99,6 +100,14 @@ def test_many_pairs(path: str, name: str, pairs: int) -> None:
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-4, atol=1e-7)
 
 
+def test_many_chunks_of_rpo(path: str) -> None:
+    """More chunks of a row than the loss reads at a time."""
+    pred, ref_pred, target = inputs(1, shape=(2200,))
+    found = fused(pred, target, ref_pred=ref_pred, beta=20.0, kind="rpo", weight="uniform")
+    torch.testing.assert_close(found.reward, implicit_reward(pred, target, ref_pred=ref_pred), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.loss, dpo_loss(*found.reward.chunk(2), beta=20.0).loss, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["noise", "velocity"])
 def test_keyed_targets(path: str, kind: str) -> None:
     pred, ref_pred, x0 = inputs(2)
@@ -132,7 +141,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize(("name", "count"), [("dpo", 3), ("outside", 4), ("inside", 4), ("uniform", 4)])
+@pytest.mark.parametrize(("name", "count"), [("dpo", 2), ("outside", 4), ("inside", 4), ("uniform", 4)])
 def test_launches_forward_and_backward(monkeypatch: pytest.MonkeyPatch, name: str, count: int) -> None:
     """Kernels of both directions; inside the op torch itself computes nothing."""
     calls = Calls()
@@ -267,3 +276,15 @@ def test_errors_are_one_line(pred: torch.Tensor, settings: dict, message: str) -
     with pytest.raises(ValueError, match=message) as error:
         fused(pred, torch.zeros_like(pred), ref_pred=settings.pop("ref_pred", None), **settings)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_triton_last_program_solves_dpo_in_any_order(triton_path: None, seed: int) -> None:
+    """The last programs of rows and of all decide nothing and leave the counters at 0."""
+    pred, ref_pred, target = inputs(5, shape=(300,))
+    expected = fused(pred, target, ref_pred=ref_pred, beta=20.0)
+    with shuffled(seed):
+        for _ in range(2):
+            found = fused(pred, target, ref_pred=ref_pred, beta=20.0)
+            assert all(map(torch.equal, found, expected))
+            assert not counters(pred.device, 1).any()

@@ -65,7 +65,7 @@ def test_a_group_that_fits_is_read_once(triton_path: None) -> None:
     assert states("group_norm_silu", "takes one launch: forward 4 bytes per element at 16 bits, backward 6.")
     w = WORKLOADS["group_norm_silu"]
     forward, backward = counted(Workload(**{**vars(w), "shape": (2, 64, 32, 32)}))
-    assert 4 <= forward < 1.03 * 4 and 6 <= backward < 1.03 * 6
+    assert 4 <= forward < 1.05 * 4 and 6 <= backward < 1.03 * 6
 
 
 def test_the_readme_has_the_bytes_of_the_workloads() -> None:
@@ -83,7 +83,7 @@ def test_the_readme_s_table_of_ops_is_current() -> None:
 
 
 def test_bytes_of_the_paired_loss(triton_path: None) -> None:
-    """Its first and its last launch walk the predictions; those between read sums of chunks."""
+    """Both launches walk the predictions; the forward has 40 bytes a chunk of 240 elements besides, at most 5 %."""
     assert states("paired_preference_loss", "Bytes per element as in `implicit_reward`")
     pred, ref_pred = torch.randn(2, 2, 4, 64, 64).bfloat16().unbind()
     with interpreter.traffic() as launches:
@@ -91,7 +91,7 @@ def test_bytes_of_the_paired_loss(triton_path: None) -> None:
             pred.requires_grad_(), fp.KeyedNoise(torch.arange(2)), ref_pred=ref_pred, beta=1.0
         ).loss.backward()
     for launch in (launches[0], launches[-1]):
-        assert 4 <= (launch.read + launch.written) / pred.numel() < 1.03 * 4
+        assert 4 <= (launch.read + launch.written) / pred.numel() < 1.05 * 4
 
 
 def states(op: str, text: str) -> bool:
@@ -104,7 +104,7 @@ def states(op: str, text: str) -> bool:
 def test_bytes_of_a_loss_s_backward(name: str) -> None:
     """A product of each stored gradient with the scalar that comes in: 4 bytes read and 4 written a reward."""
     w = WORKLOADS[name]
-    assert states(w.op, "forward 24 (two reads; both rewards and both derivatives written), backward 16.") or states(
+    assert states(w.op, "forward 16 (two reads; both derivatives written), backward 16.") or states(
         w.op, "the backward multiplies the stored gradients, 8 bytes per reward."
     )
     inputs = leaves(w.make((64, 8), torch.float32, "cpu"), w.wrt)
@@ -179,7 +179,7 @@ def test_at_most_four_launches_for_a_paired_loss(triton_path: None, kind: str) -
         fp.paired_preference_loss(
             pred, fp.KeyedNoise(torch.arange(8)), ref_pred=ref_pred, beta=2.0, kind=kind, **emb
         ).loss.backward()
-    assert len(launches) == (4 if kind == "rpo" else 3)
+    assert len(launches) == (4 if kind == "rpo" else 2)
 
 
 def test_a_backward_launches_nothing_but_its_own(triton_path: None) -> None:

@@ -24,7 +24,7 @@ def renewed(call: str, positional: int, *gone: str) -> Callable[[F], F]:
     def renew(function: F) -> F:
         @wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            if len(args) > positional or any(name in kwargs for name in gone):
+            if len(args) > positional or (gone and any(name in kwargs for name in gone)):
                 raise TypeError(f"{call.split('(')[0]}: since version 0.2 the call is {call}")
             return function(*args, **kwargs)
 

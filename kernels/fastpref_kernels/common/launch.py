@@ -3,7 +3,7 @@
 A launcher keeps, by shape, strides, dtype and flags (`remembered`), a `Launch`: the kernel with its grid, numbers and
 constants. From its second call on a `Launch` hands the tensors to the compiled kernel and skips Triton's own look at
 every argument, which takes longer than the rest: that look depends on the dtypes, which the launcher's key has, on the
-numbers, which are fixed, and on whether the pointers are multiples of 16, which is looked at here.
+numbers, which are fixed, and on which pointers are multiples of 16, which is looked at here.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Launch:
         self._kernel, self._grid, self._numbers = kernel, grid, numbers
         self._constants, self._options = constants, {"num_warps": num_warps}
         self._rest = (*numbers, *constants.values())
-        self._compiled: dict[int, Any] = {}
+        self._compiled: dict[Hashable, Any] = {}
         self._indirect = type(kernel).__name__ != "JITFunction" or not triton.__version__.startswith(_KNOWN)
 
     @property
@@ -79,16 +79,18 @@ class Launch:
         for x in tensors:
             places |= x.data_ptr()
         # a hook, such as a profiler's, wants what only Triton's own way puts together
-        if places & 15 or self._indirect or triton.knobs.runtime.launch_enter_hook.calls:
+        if self._indirect or triton.knobs.runtime.launch_enter_hook.calls:
             self._look_and_run(tensors)
             return
         driver = triton.runtime.driver.active
-        device = driver.get_current_device()
-        found = self._compiled.get(device)
+        device = key = driver.get_current_device()
+        if places & 15:
+            key = (device, *[x.data_ptr() & 15 == 0 for x in tensors])
+        found = self._compiled.get(key)
         if found is None:
             kernel = self._look_and_run(tensors)
             handles = kernel.function, kernel.packed_metadata, None, None, None
-            self._compiled[device] = kernel.run, (*self._grid, 1, 1)[:3], handles
+            self._compiled[key] = kernel.run, (*self._grid, 1, 1)[:3], handles
         else:
             run, grid, handles = found
             run(*grid, driver.get_current_stream(device), *handles, *tensors, *self._rest)

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
+from .last import traced
+
 REGISTERED: dict[str, Operator] = {}
 _NAMESPACE = __name__.partition(".")[0]  # the package's name, which a kernel hub chooses
 
@@ -23,7 +25,7 @@ class Operator:
 
     def __init__(self, name: str, schema: str, plain: Callable[..., Any]) -> None:
         self.label, self.plain = f"{_NAMESPACE}::{name}", plain
-        self.registered = torch.library.custom_op(self.label, plain, mutates_args=(), schema=schema)
+        self.registered = torch.library.custom_op(self.label, traced(plain), mutates_args=(), schema=schema)
         self._apply: Callable[..., Any] | None = None
         REGISTERED[name] = self
 
@@ -53,7 +55,7 @@ class Operator:
             kind = type(x)
             if kind is Tensor or kind is Parameter:
                 differentiable = differentiable or x.requires_grad
-            elif isinstance(x, Tensor):  # a subclass has to see one op
+            elif x is not None and isinstance(x, Tensor):  # a subclass has to see one op
                 return self.registered
         form = self.plain
         if differentiable and torch.is_grad_enabled():
@@ -82,11 +84,10 @@ def _first_order(label: str, backward: Callable[..., Any]) -> Callable[..., Any]
     """The backward, whose results say that they cannot be differentiated where somebody tries (create_graph=True)."""
 
     def once(ctx: Any, *grads: Any) -> Any:
-        again = torch.is_grad_enabled()
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             found = backward(ctx, *grads)
-        if not again:
-            return found
         gradients = (found,) if isinstance(found, Tensor) else found
         # the results require a gradient where what they depend on does: what came in, and what the op has saved
         return _Last.apply(label, len(gradients), *gradients, *grads, *ctx.saved_tensors)

@@ -35,6 +35,11 @@ class Rewards(NamedTuple):
     scale: float = 1.0
 
 
+def without_gradient(x: Tensor) -> Tensor:
+    """x.detach(), whose host time is that of a small op, where it changes something."""
+    return x.detach() if x.requires_grad else x
+
+
 def times_beta(reward_w: Tensor, reward_l: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor, float]:
     """Rewards and beta as an op takes them: a beta in a tensor has multiplied the rewards and is 1."""
     if isinstance(beta, Tensor):
@@ -53,6 +58,7 @@ def register_stored_gradients(op: Operator, first: int, n_inputs: int) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)  # no zeros, a launch each, for the outputs that nobody differentiates
+        ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(output[first], output[first + 1])
 
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,7 @@ row's offsets (`flat`); otherwise it decomposes the logical offset over at most 
 # mypy: allow-incomplete-defs, allow-untyped-defs
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -29,10 +30,16 @@ def layout_of(op: str, *tensors: Tensor | None) -> Layout:
 
     Raises ValueError where the strides do not collapse to three dimensions, or to one in rows of 2^31 elements.
     """
+    shape = next(x.shape for x in tensors if x is not None)
+    return layout_by_strides(op, shape, *(None if x is None else x.stride() for x in tensors))
+
+
+def layout_by_strides(op: str, shape: tuple[int, ...], *tensors: tuple[int, ...] | None) -> Layout:
+    """`layout_of`, of tensors' strides."""
     given = [x for x in tensors if x is not None]
     dims: list[tuple[int, tuple[int, ...]]] = []  # (size, stride in each given tensor), outermost first
-    for d in range(1, given[0].dim()):
-        size, strides = given[0].shape[d], tuple(x.stride(d) for x in given)
+    for d in range(1, len(shape)):
+        size, strides = shape[d], tuple(x[d] for x in given)
         if size == 1:
             continue
         if dims and all(outer == inner * size for outer, inner in zip(dims[-1][1], strides, strict=True)):
@@ -42,12 +49,13 @@ def layout_of(op: str, *tensors: Tensor | None) -> Layout:
     flat = not dims or (len(dims) == 1 and set(dims[0][1]) == {1})
     if len(dims) > 3:
         raise ValueError(f"{op}: strides that span more than three dimensions, call .contiguous() first")
-    if not flat and given[0][0].numel() >= 1 << 31:
+    elements = math.prod(shape[1:])
+    if not flat and elements >= 1 << 31:
         raise ValueError(f"{op}: rows of 2^31 elements or more must be dense, call .contiguous() first")
     dims = [(1, (0,) * len(given))] * (3 - len(dims)) + dims
     inner = iter(zip(*(strides for _, strides in dims), strict=True))
     # the stride of a single row means nothing, and an odd one would cost the wide accesses
-    outer = iter([x.stride(0) if x.shape[0] > 1 else x.numel() for x in given])
+    outer = iter([x[0] if shape[0] > 1 else elements for x in given])
     strides_of = [(0, 0, 0, 0) if x is None else (next(outer), *next(inner)) for x in tensors]
     return Layout(flat, (dims[1][0], dims[2][0]), strides_of)
 

@@ -4,19 +4,19 @@
     loss = -mean_i [ (1 - s) * log sigmoid(u_i) + s * log sigmoid(-u_i) ]        s = label_smoothing
 
 Shapes: reward_w, reward_l (N,) -> scalar, in fp32 (fp64 if a reward is fp64).
-Bytes per pair: forward 24 (two reads; both rewards and both derivatives written), backward 16. One launch of one
+Bytes per pair: forward 16 (two reads; both derivatives written), backward 16. One launch of one
 program: the mean has one order.
 Source: Diffusion-DPO, arXiv 2311.12908, equation 14; label smoothing as in conservative DPO (Mitchell 2023)."""
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
 from __future__ import annotations
 
-from torch import Tensor, empty_like, ones_like, promote_types
+from torch import Tensor, ones_like, promote_types
 
 from ..common.checks import check_beta, check_label_smoothing, check_rewards
 from ..common.dispatch import accumulation_dtype, use_triton
 from ..common.operator import operator
-from ..common.pairwise import PairwiseLoss, Rewards, register_stored_gradients, times_beta
+from ..common.pairwise import PairwiseLoss, register_stored_gradients, times_beta, without_gradient
 from ..common.rows import share_won
 from .torch import dpo_loss as torch_path
 from .triton import launch
@@ -24,29 +24,27 @@ from .triton import launch
 
 @operator(
     "dpo_loss",
-    "(Tensor reward_w, Tensor reward_l, float beta, float label_smoothing) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor reward_w, Tensor reward_l, float beta, float label_smoothing) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _dpo_loss(
     reward_w: Tensor, reward_l: Tensor, beta: float, label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, accuracy, dL/dreward_w (N,), dL/dreward_l (N,))."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, effective contrasts, accuracy, dL/dreward_w (N,), dL/dreward_l (N,))."""
     if use_triton(reward_w):
-        grads = empty_like(reward_w), empty_like(reward_l)
-        settings = (beta, label_smoothing)
-        loss, _, accuracy, _ = launch(Rewards(reward_w[:, None]), Rewards(reward_l[:, None]), *grads, *settings)
-        return loss, accuracy, *grads
+        return launch(reward_w, reward_l, beta, label_smoothing)
     losses, slope = torch_path(reward_w, reward_l, beta, label_smoothing)
     slope = slope / losses.shape[0]
-    return losses.mean(), share_won(reward_w, reward_l), slope, -slope
+    loss = losses.mean()
+    return loss, ones_like(loss), share_won(reward_w, reward_l), slope, -slope
 
 
 @_dpo_loss.register_fake
 def _(reward_w, reward_l, beta, label_smoothing):
-    scalars = [reward_w.new_empty(()) for _ in range(2)]
+    scalars = [reward_w.new_empty(()) for _ in range(3)]
     return *scalars, reward_w.new_empty(reward_w.shape), reward_l.new_empty(reward_l.shape)
 
 
-register_stored_gradients(_dpo_loss, first=2, n_inputs=4)
+register_stored_gradients(_dpo_loss, first=3, n_inputs=4)
 
 
 def dpo_loss(reward_w: Tensor, reward_l: Tensor, *, beta: float | Tensor, label_smoothing: float = 0.0) -> PairwiseLoss:
@@ -70,5 +68,5 @@ def dpo_loss(reward_w: Tensor, reward_l: Tensor, *, beta: float | Tensor, label_
     check_label_smoothing(op, label_smoothing)
     dtype = accumulation_dtype(promote_types(reward_w.dtype, reward_l.dtype))
     *rewards, beta = times_beta(reward_w.to(dtype), reward_l.to(dtype), beta)
-    loss, accuracy, _, _ = _dpo_loss(*rewards, beta, float(label_smoothing))
-    return PairwiseLoss(loss, ones_like(accuracy), accuracy.detach())
+    loss, effective, accuracy, _, _ = _dpo_loss(*rewards, beta, float(label_smoothing))
+    return PairwiseLoss(loss, without_gradient(effective), without_gradient(accuracy))

@@ -11,9 +11,9 @@ between two nearly equal means, and the reward is exactly 0 where the policy equ
 Bytes per element at 16 bits, forward (with ref_error) and backward, which writes the gradient:
     target tensor   6 (4)   6        KeyedNoise   4 (2)   4        KeyedVelocity   6 (4)   6
 `cross` reads the losers' tensors once more. Strides are read in place; 16-byte accesses need dense, aligned rows.
-The sum has two stages (chunks of a row, then the chunks) whose order is a function of C*H*W alone, without atomics:
-a row's bits do not depend on the batch around it. Rows of 8,448 elements or more have at least 66 chunks, so two
-rows fill the 132 multiprocessors of an H100.
+The sum has two stages (chunks of a row, then the chunks, by the last program of the row to finish) whose order is a
+function of C*H*W alone, without float atomics: a row's bits do not depend on the batch around it. One launch each way.
+Rows of 8,448 elements or more have at least 66 chunks, so two rows fill the 132 multiprocessors of an H100.
 Source: Diffusion-DPO, arXiv 2311.12908, equation 14, with the mean in place of the sum.
 """
 
@@ -27,6 +27,7 @@ from torch import Tensor, empty_like
 from ..common.checks import check_batch, check_device, check_floating, check_like, renewed
 from ..common.dispatch import accumulation_dtype, use_triton
 from ..common.operator import operator
+from ..common.pairwise import without_gradient
 from . import torch as torch_path
 from .targets import Source, Target, source_of, with_device_noise
 from .triton import launch_backward, launch_forward
@@ -95,6 +96,7 @@ def _(grad, factor, pred, target, keys, p, q):
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # no zeros, a launch each, for the outputs that nobody differentiates
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*inputs[:5])
 
 
@@ -139,14 +141,21 @@ def implicit_reward_parts(
     pred - target and rows i and N/2 + i are a pair, or None. The cross term is the inner product in the safeguard of
     Diffusion-SDPO, arXiv 2511.03317.
     """
+    reward, error, inner = _parts(pred, target, ref_pred, ref_error, cross)
+    return ImplicitReward(reward, without_gradient(error), without_gradient(inner) if cross else None)
+
+
+def _parts(
+    pred: Tensor, target: Target, ref_pred: Tensor | None, ref_error: Tensor | None, cross: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checks, and the op."""
     op = "implicit_reward"
     check_reference(op, pred, ref_pred, ref_error)
     source = source_of(op, pred, target)
     if cross and pred.shape[0] % 2:
         raise ValueError(f"{op}: cross needs [winners; losers], an even number of rows, got {pred.shape[0]}")
-    detached = [None if x is None else x.detach() for x in (ref_pred, ref_error)]
-    reward, error, inner = _implicit_reward(pred, *source, *detached, cross)
-    return ImplicitReward(reward, error.detach(), inner.detach() if cross else None)
+    ref_pred, ref_error = (x if x is None else without_gradient(x) for x in (ref_pred, ref_error))
+    return _implicit_reward(pred, *source, ref_pred, ref_error, cross)
 
 
 @renewed("implicit_reward(pred, target, *, ref_pred=None, ref_error=None)", 2)
@@ -166,4 +175,4 @@ def implicit_reward(
     Raises ValueError for an empty batch, what is not a tensor, and a shape, dtype or device that does not fit.
     Source: Diffusion-DPO, arXiv 2311.12908, equation 14.
     """
-    return implicit_reward_parts(pred, target, ref_pred=ref_pred, ref_error=ref_error).reward
+    return _parts(pred, target, ref_pred, ref_error, False)[0]

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..common.checks import check_coefficients, check_device, check_like, renewed
 from ..common.dispatch import jit, tl, use_triton
 from ..common.keys import check_keys
+from ..common.pairwise import without_gradient
 from ..common.philox import _normals
 from ..keyed_noise.torch import rows
 from ..keyed_noise.triton import launch_noise
@@ -62,7 +63,7 @@ def source_of(op: str, pred: Tensor, target: Target) -> Source:
     """Takes a target apart. Raises ValueError for one that does not fit `pred`."""
     if isinstance(target, Tensor):
         check_like(op, "target", target, "pred", pred)
-        return Source(target.detach())
+        return Source(without_gradient(target))
     if not isinstance(target, KeyedNoise | KeyedVelocity):
         raise ValueError(f"{op}: target must be a tensor, KeyedNoise or KeyedVelocity, got {type(target).__name__}")
     keys = target.keys
@@ -74,7 +75,7 @@ def source_of(op: str, pred: Tensor, target: Target) -> Source:
         return Source(None, keys)
     check_like(op, "x0", target.x0, "pred", pred)
     check_coefficients(op, _CALL, keys.shape[0], "pred", pred, p=target.p, q=target.q)
-    return Source(target.x0.detach(), keys, target.p.detach(), target.q.detach())
+    return Source(without_gradient(target.x0), keys, without_gradient(target.p), without_gradient(target.q))
 
 
 def with_device_noise(source: Source, pred: Tensor) -> Source:

@@ -4,11 +4,11 @@
     loss     = dpo_loss or rpo_loss of (reward_1 .. reward_N, reward_N+1 .. reward_2N)
     dL/dpred_i = dL/dreward_i * -2/(C*H*W) * (pred_i - target_i)
 
-Launches: DPO 2 forward (sums over chunks of the rows; loss and dL/dreward) and 1 backward. RPO 3 forward (chunk sums
-and the embeddings' parts; contrasts, with the rewards they need; their sums) and 1 backward, so 4; one more for the
-softmax where a contrast group has more than 128 pairs.
+Launches: DPO 1 forward (the last program of a row adds up its chunks, the last of all takes the loss) and 1 backward.
+RPO 3 forward (chunk sums and the embeddings' parts; contrasts, with the rewards they need; their sums) and 1 backward,
+so 4; one more for the softmax where a contrast group has more than 128 pairs.
 Memory: besides its inputs autograd keeps dL/dreward, 2N numbers; forward scratch is 2N * chunks of a row.
-Bytes per element as in `implicit_reward`, which shares the kernels; results are reproducible, without atomics.
+Bytes per element as in `implicit_reward`, which shares the kernels; results are reproducible, without float atomics.
 Source: Diffusion-DPO, arXiv 2311.12908, equation 14; Diffusion-RPO, arXiv 2406.06382.
 """
 
@@ -30,6 +30,7 @@ from ..common.checks import (
 )
 from ..common.dispatch import accumulation_dtype, use_triton
 from ..common.operator import operator
+from ..common.pairwise import without_gradient
 from ..dpo_loss import dpo_loss
 from ..implicit_reward import check_reference, implicit_reward_backward, implicit_reward_parts
 from ..implicit_reward.targets import Source, Target, source_of, with_device_noise
@@ -91,6 +92,7 @@ def _(pred, target, keys, p, q, ref_pred, ref_error, emb_w, emb_l, *settings):
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # no zeros, a launch each, for the outputs that nobody differentiates
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(output[4], *inputs[:5])
 
 
@@ -183,7 +185,7 @@ def paired_preference_loss(
                 group_size=group_size,
             )
         return PairedPreferenceLoss(*found, reward.detach())
-    detached = [None if x is None else x.detach() for x in (ref_pred, ref_error, emb_w, emb_l)]
+    detached = [None if x is None else without_gradient(x) for x in (ref_pred, ref_error, emb_w, emb_l)]
     loss, effective, accuracy, reward, _ = _paired_preference_loss(
         pred,
         *source,
@@ -194,4 +196,4 @@ def paired_preference_loss(
         "dpo" if kind == "dpo" else weight,
         1 if group_size is None else n_pairs // group_size,
     )
-    return PairedPreferenceLoss(loss, effective.detach(), accuracy.detach(), reward.detach())
+    return PairedPreferenceLoss(loss, *map(without_gradient, (effective, accuracy, reward)))

@@ -1,4 +1,5 @@
-"""The first kernel of `paired_preference_loss` and the launches of its forward; the others are those of the losses."""
+"""The first kernel of the RPO form of `paired_preference_loss` and the launches of its forward; the others are those of
+`rpo_loss`. The DPO form is beside it (dpo.py)."""
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
 from __future__ import annotations
@@ -8,12 +9,12 @@ from torch import Tensor
 
 from ..common.dispatch import jit, tl
 from ..common.pairwise import Rewards
-from ..dpo_loss.triton import launch as launch_dpo
 from ..implicit_reward.targets import Source
 from ..implicit_reward.triton import arguments, chunk_sums
 from ..rpo_loss.embeddings import block, empty, prepare
 from ..rpo_loss.triton import Similarity
 from ..rpo_loss.triton import launch as launch_rpo
+from .dpo import launch as launch_dpo
 from .torch import Settings
 
 
@@ -112,7 +113,9 @@ def launch(
     emb_l: Tensor | None,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, effective contrasts, accuracy, reward (2N,), dL/dreward (2N,)) in two (DPO) to four launches."""
+    """(loss, effective contrasts, accuracy, reward (2N,), dL/dreward (2N,)) in one (DPO) to four launches."""
+    if settings.weight == "dpo":
+        return launch_dpo(pred, source, ref_pred, ref_error, settings.beta, settings.label_smoothing)
     n_rows, (pointers, numbers, flags, n_chunks) = pred.shape[0], arguments(pred, source, ref_pred)
     n_pairs = n_rows // 2
     partial = torch.empty(n_rows, n_chunks, dtype=torch.float32, device=pred.device)
@@ -141,8 +144,5 @@ def launch(
     )
     winners, losers = (Rewards(x, 1.0 / numbers[0]) for x in (partial[:n_pairs], partial[n_pairs:]))
     grads = slope[:n_pairs], slope[n_pairs:]
-    beta, label_smoothing, temperature, weight, groups = settings
-    if weight == "dpo":
-        return *launch_dpo(winners, losers, *grads, beta, label_smoothing), slope
-    similarity = Similarity(prepared, temperature, weight, groups)
-    return *launch_rpo(winners, losers, similarity, *grads, beta), slope
+    similarity = Similarity(prepared, settings.temperature, settings.weight, settings.groups)
+    return *launch_rpo(winners, losers, similarity, *grads, settings.beta), slope

@@ -1,4 +1,4 @@
-"""`dpo_loss`: rewards from memory, or from chunks as `paired_preference_loss` has them."""
+"""`dpo_loss` of dense rewards."""
 
 from __future__ import annotations
 
@@ -7,30 +7,16 @@ from gpu.plain import BETA
 from torch.nn import functional as F
 
 import fastpref_kernels as fp
-from fastpref_kernels.dpo_loss.triton import _dpo_loss_kernel, blocks
+from fastpref_kernels.dpo_loss.triton import BLOCK, _dpo_loss_kernel
 
 from .case import Fault, KernelCase, Row, Workload, on, tensor
 
 
-def case(chunks: int) -> KernelCase:
-    pointers = ("reward_w_ptr", "reward_l_ptr", "reward_ptr", "loss_ptr", "effective_ptr")
-    numbers = ("n_pairs", "n_chunks", "w_stride", "l_stride")
-    signature = dict.fromkeys((*pointers, "accuracy_ptr", "grad_w_ptr", "grad_l_ptr"), "*fp32") | dict.fromkeys(
-        numbers, "i32"
-    )
-    signature |= dict.fromkeys(("reward_scale", "beta", "label_smoothing"), "fp32")
-    ones = {"n_chunks": 1, "w_stride": 1, "l_stride": 1} if chunks == 1 else {}
-    return KernelCase(
-        f"dpo_loss[{'chunks' if chunks > 1 else 'rewards'}]",
-        _dpo_loss_kernel,
-        {name: kind for name, kind in signature.items() if name not in ones},
-        {**ones, **blocks(chunks)},
-        ("reward_w_ptr", "reward_ptr", "grad_w_ptr"),
-    )
-
-
 def cases() -> list[KernelCase]:
-    return [case(1), case(128)]
+    pointers = ("reward_w_ptr", "reward_l_ptr", "loss_ptr", "effective_ptr", "accuracy_ptr", "grad_w_ptr", "grad_l_ptr")
+    signature = dict.fromkeys(pointers, "*fp32") | {"n_pairs": "i32", "beta": "fp32", "label_smoothing": "fp32"}
+    constants = {"w_stride": 1, "l_stride": 1, "BLOCK": BLOCK}
+    return [KernelCase("dpo_loss", _dpo_loss_kernel, signature, constants, ("reward_w_ptr", "grad_w_ptr"))]
 
 
 def workloads() -> list[Workload]:
@@ -43,8 +29,8 @@ def workloads() -> list[Workload]:
             eager=lambda i: (-F.logsigmoid(BETA / 2 * (i["reward_w"] - i["reward_l"])).mean(),),
             wrt=("reward_w", "reward_l"),
             shape=(2048, 1),
-            forward=24,
-            stated="Bytes per pair: forward 24",
+            forward=16,
+            stated="Bytes per pair: forward 16",
             elements=lambda shape: shape[0],
         ),
     ]
@@ -59,7 +45,7 @@ ROWS = [
         "`dpo_loss(reward_w, reward_l, *, beta, label_smoothing=0)`",
         "`-mean_i log sigmoid(beta/2 (reward_w_i - reward_l_i))`, smoothed as in conservative DPO",
         "to both rewards",
-        "24 a pair",
+        "16 a pair",
         "16 a pair",
     ),
 ]

@@ -20,7 +20,11 @@ TARGETS = {
     "noise": {"KEYED": True, "VELOCITY": False},
     "velocity": {"KEYED": True, "VELOCITY": True},
 }
+STAGES = {"ref_error_ptr": "*fp32", "partial_ptr": "*fp32", "counter_ptr": "*i32"}  # of a sum in two stages
 SMALL, LARGE, STRIDED = kernels.block(256, False), kernels.block(1024, False), kernels.block(1024, True)
+
+
+LONG = ((LARGE, False), (STRIDED, True))  # blocks of rows of more than 128 chunks
 
 
 def integers(third: str) -> dict[str, str]:
@@ -49,14 +53,18 @@ def launch(dtype: str, third: str, own: dict[str, str], target: str, strided: bo
     }
 
 
-def forward(dtype: str, target: str, ref: bool, cross: bool, strided: bool, block: dict) -> KernelCase:
-    own = {"partial_ptr": "*fp32", "n_rows": "i32", "n_chunks": "i32"}
-    words = [dtype, target, *["ref"] * ref, *["cross"] * cross, *["strided"] * strided, str(block["BLOCK_SIZE"])]
-    return KernelCase(
-        f"implicit_reward_fwd[{','.join(words)}]",
-        kernels._implicit_reward_chunk_kernel,
-        **launch(dtype, "ref", own, target, strided, {"HAS_REF": ref, "CROSS": cross}, block),
-    )
+def forward(
+    dtype: str, target: str, ref: bool, cross: bool, strided: bool, block: dict, chunks: int = 128
+) -> KernelCase:
+    """Without `ref` with the reference's stored error or without anything, by turns."""
+    words = [dtype, target, *["ref"] * ref, *["cross"] * cross, *["strided"] * strided]
+    words += [str(block["BLOCK_SIZE"]), *["many"] * (chunks > 128)]
+    names = ("reward_ptr", "error_ptr", "cross_ptr")
+    own = STAGES | dict.fromkeys(names, "*fp32") | dict.fromkeys(("n_rows", "n_chunks", "ref_error_stride"), "i32")
+    flags = {"HAS_REF": ref, "HAS_REF_ERROR": not ref and not cross, "CROSS": cross}
+    given = launch(dtype, "ref", own, target, strided, flags, block)
+    given["constexprs"] |= {"BLOCK_CHUNKS": kernels.block_chunks(chunks)}
+    return KernelCase(f"implicit_reward_fwd[{','.join(words)}]", kernels._implicit_reward_fwd_kernel, **given)
 
 
 def backward(dtype: str, target: str, factor: bool, strided: bool, block: dict) -> KernelCase:
@@ -69,24 +77,13 @@ def backward(dtype: str, target: str, factor: bool, strided: bool, block: dict) 
     )
 
 
-def second_stage(ref: bool, ref_error: bool, cross: bool, chunks: int) -> KernelCase:
-    pointers = ("partial_ptr", "ref_error_ptr", "reward_ptr", "error_ptr", "cross_ptr")
-    numbers = ("n_rows", "n_chunks", "n_elements", "ref_error_stride")
-    words = [*["ref"] * ref, *["ref_error"] * ref_error, *["cross"] * cross, str(chunks)]
-    return KernelCase(
-        f"implicit_reward_rows[{','.join(words)}]",
-        kernels._implicit_reward_row_kernel,
-        dict.fromkeys(pointers, "*fp32") | dict.fromkeys(numbers, "i32"),
-        {"HAS_REF": ref, "CROSS": cross, "HAS_REF_ERROR": ref_error, "BLOCK_CHUNKS": chunks},
-        pointers,
-    )
-
-
 def cases() -> list[KernelCase]:
     found = []
     for target in TARGETS:
         for ref in (False, True):
             found += [forward("bf16", target, ref, False, False, block) for block in (SMALL, LARGE)]
+            found += [forward("bf16", target, ref, False, strided, b, 1024) for b, strided in LONG]
+            found += [forward("bf16", target, ref, True, False, SMALL, 1024)]
             found += [forward("bf16", target, ref, True, False, SMALL)]
             found += [forward("bf16", target, ref, cross, True, STRIDED) for cross in (False, True)]
         for factor in (False, True):
@@ -94,8 +91,6 @@ def cases() -> list[KernelCase]:
             found += [backward("bf16", target, factor, True, STRIDED)]
         for dtype in ("fp16", "fp32"):
             found += [forward(dtype, target, True, False, False, LARGE), backward(dtype, target, False, False, LARGE)]
-    for ref, ref_error in ((True, False), (False, True), (False, False)):
-        found += [second_stage(ref, ref_error, cross, chunks) for cross in (False, True) for chunks in (128, 1024)]
     return found
 
 
@@ -198,6 +193,14 @@ SMALL_REWARD = on("implicit_reward", "test_matches_oracle and float32")
 MEMORY_ORDER = on("implicit_reward", "memory_order")
 WORKLOADS = ("test_workloads.py", "-k", "test_kernels_equal_eager_float64 and implicit_reward and noise")
 
+LAST = on("implicit_reward", "last_program")
+STORED = """    store_sums(sums, partial_ptr, program, tl.cast(n_rows, tl.int64) * n_chunks, HAS_REF, CROSS)
+    if is_last(counter_ptr + row, n_chunks):
+"""
+COUNTED = """    if is_last(counter_ptr + row, n_chunks):
+        store_sums(sums, partial_ptr, program, tl.cast(n_rows, tl.int64) * n_chunks, HAS_REF, CROSS)
+"""
+
 FAULTS = [
     Fault(
         "sign of a difference",
@@ -226,8 +229,8 @@ FAULTS = [
     Fault(
         "a plane of the partial sums",
         "implicit_reward/triton.py",
-        "tl.store(partial_ptr + plane + program, error)",
-        "tl.store(partial_ptr + program, error)",
+        "tl.store(partial_ptr + plane + program, sums[1])",
+        "tl.store(partial_ptr + program, sums[1])",
         REWARD,
     ),
     Fault(
@@ -236,6 +239,25 @@ FAULTS = [
         "mask = chunk < n_chunks\n",
         "mask = chunk < tl.maximum(n_chunks - 1, 1)\n",
         on("implicit_reward", "parts_match"),
+    ),
+    Fault(
+        "counters stay as they are",
+        "common/last.py",
+        "tl.store(counter_ptr, 0)",
+        "tl.store(counter_ptr, programs)",
+        LAST,
+    ),
+    Fault("the last program but one adds up", "common/last.py", "programs - 1", "programs - 2", LAST),
+    Fault("the first program adds up", "common/last.py", "== programs - 1", "== 0", LAST),
+    Fault("counting in orders nothing", "common/last.py", 'sem="acq_rel"', 'sem="relaxed"', LAST),
+    Fault("counting in publishes nothing", "common/last.py", 'sem="acq_rel"', 'sem="acquire"', LAST),
+    Fault("sums stored after counting in", "implicit_reward/triton.py", STORED, COUNTED, LAST),
+    Fault(
+        "a counter for all rows",
+        "implicit_reward/triton.py",
+        "is_last(counter_ptr + row,",
+        "is_last(counter_ptr,",
+        LAST,
     ),
     Fault(
         "sign of reference and policy",

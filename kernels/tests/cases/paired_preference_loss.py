@@ -1,4 +1,4 @@
-"""The first launch of `paired_preference_loss`; its others are cases of `dpo_loss`, `rpo_loss`, `implicit_reward`."""
+"""DPO's launch of `paired_preference_loss` and RPO's first; the others are cases of `rpo_loss`, `implicit_reward`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastpref_kernels as fp
+from fastpref_kernels.implicit_reward.triton import block_chunks
+from fastpref_kernels.paired_preference_loss.dpo import _paired_dpo_kernel, block_pairs
 from fastpref_kernels.paired_preference_loss.triton import _paired_chunk_kernel
 from fastpref_kernels.rpo_loss.embeddings import block as row_block
 
 from .case import Fault, KernelCase, Row, Workload, on, tensor
-from .implicit_reward import LARGE, SMALL, STRIDED, TARGETS, launch
+from .implicit_reward import LARGE, LONG, SMALL, STAGES, STRIDED, TARGETS, launch
 
 
 def case(target: str, ref: bool, parts: int, strided: bool, block: dict) -> KernelCase:
@@ -41,8 +43,27 @@ def case(target: str, ref: bool, parts: int, strided: bool, block: dict) -> Kern
     return KernelCase(f"paired_preference_loss[{','.join(words)}]", _paired_chunk_kernel, **given)
 
 
+def dpo(target: str, ref: bool, strided: bool, block: dict, chunks: int = 128) -> KernelCase:
+    names = ("reward_ptr", "slope_ptr", "loss_ptr", "effective_ptr", "accuracy_ptr")
+    own = STAGES | dict.fromkeys(names, "*fp32") | {"n_pairs": "i32", "n_chunks": "i32"}
+    own |= {"beta": "fp32", "label_smoothing": "fp32", "ref_error_stride": "i32"}
+    given = launch("bf16", "ref", own, target, strided, {"HAS_REF": ref, "HAS_REF_ERROR": not ref}, block)
+    given["constexprs"] |= {"BLOCK_CHUNKS": block_chunks(chunks), "BLOCK": block_pairs(block["num_warps"])}
+    words = [target, *["ref"] * ref, *["strided"] * strided, str(block["BLOCK_SIZE"]), *["many"] * (chunks > 128)]
+    return KernelCase(f"paired_preference_loss_dpo[{','.join(words)}]", _paired_dpo_kernel, **given)
+
+
+def _dpo_cases() -> list[KernelCase]:
+    found = []
+    for target in TARGETS:
+        for ref in (False, True):
+            found += [dpo(target, ref, block is STRIDED, block) for block in (SMALL, LARGE, STRIDED)]
+            found += [dpo(target, ref, strided, block, 1024) for block, strided in LONG]
+    return found
+
+
 def cases() -> list[KernelCase]:
-    return [
+    return _dpo_cases() + [
         case(target, ref, parts, block is STRIDED, block)
         for target in TARGETS
         for ref in (False, True)
@@ -88,8 +109,8 @@ ROWS = [
     Row(
         '`paired_preference_loss(pred, target, *, beta, ref_pred=None, ref_error=None, kind="dpo", ...)`',
         (
-            "`dpo_loss` or `rpo_loss` of the implicit rewards of `[winners; losers]`, at most 4 launches with the"
-            " backward, 5 for RPO in groups of more than 128 pairs"
+            "`dpo_loss` or `rpo_loss` of the implicit rewards of `[winners; losers]`; launches with the backward: 2 for"
+            " DPO, 4 for RPO, 5 in groups of more than 128 pairs"
         ),
         "to `pred`",
         "as `implicit_reward`",
@@ -97,9 +118,38 @@ ROWS = [
     ),
 ]
 
-PAIRED = on("paired_preference_loss", "test_matches_oracle and float32")
+PAIRED = on("paired_preference_loss", "test_matches_oracle and float32 and outside")
+
+DPO = on("paired_preference_loss", "worked_by_hand or last_program")
+REWARDED = """        tl.store(reward_ptr + row, reward)
+        if is_last(counter_ptr, n_rows):
+"""
+COUNTED = """        if is_last(counter_ptr, n_rows):
+            tl.store(reward_ptr + row, reward)
+"""
 
 FAULTS = [
+    Fault(
+        "DPO before all rewards", "paired_preference_loss/dpo.py", "counter_ptr, n_rows)", "counter_ptr, n_pairs)", DPO
+    ),
+    Fault("a reward stored after counting in", "paired_preference_loss/dpo.py", REWARDED, COUNTED, DPO),
+    Fault(
+        "rows and all share a counter",
+        "paired_preference_loss/dpo.py",
+        "counter_ptr + 1 + row",
+        "counter_ptr + row",
+        DPO,
+    ),
+    Fault(
+        "losers before winners", "paired_preference_loss/dpo.py", "(reward_ptr + n_pairs, 1)", "(reward_ptr, 1)", DPO
+    ),
+    Fault(
+        "a counter too few",
+        "paired_preference_loss/dpo.py",
+        "counters(device, n_rows + 1)",
+        "counters(device, n_rows)[:n_rows]",
+        DPO,
+    ),
     Fault(
         "chunks of the wrong row",
         "common/pairwise.py",
@@ -112,6 +162,6 @@ FAULTS = [
         "common/pairwise.py",
         "for first in range(0, reward[2], BLOCK_CHUNKS):",
         "for first in range(0, BLOCK_CHUNKS, BLOCK_CHUNKS):",
-        ("test_workloads.py", "-k", "test_kernels_equal_eager_float64 and paired"),
+        on("paired_preference_loss", "many_chunks_of_rpo"),
     ),
 ]
