@@ -58,7 +58,8 @@ def register_stored_gradients(op: Operator, first: int, n_inputs: int) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)  # no zeros, a launch each, for the outputs that nobody differentiates
-        ctx.mark_non_differentiable(*output[1:])
+        # The two that are saved stay differentiable, by which a second derivative is noticed and refused.
+        ctx.mark_non_differentiable(*output[1:first], *output[first + 2 :])
         ctx.save_for_backward(output[first], output[first + 1])
 
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
