@@ -20,6 +20,7 @@ from .dispatch import triton
 
 Found = TypeVar("Found")
 _LIMIT = 4096  # shapes that one launcher remembers
+_MISSING: Any = object()
 # Of Triton, whose compiled kernels take what `Launch` hands them; under another version launches go Triton's own way.
 _KNOWN = ("3.6.", "3.7.")
 _H200 = 132  # multiprocessors; where there is no GPU kernels are prepared as for this one
@@ -34,14 +35,13 @@ def remembered(work: Callable[..., Found]) -> Callable[..., Found]:
         if is_compiling():
             return work(*key)
         try:
-            return kept[key]
-        except KeyError:
-            pass
+            found = kept.get(key, _MISSING)
         except TypeError:  # a symbolic size has no hash
             return work(*key)
-        if len(kept) >= _LIMIT:
-            kept.clear()
-        found = kept[key] = work(*key)
+        if found is _MISSING:
+            if len(kept) >= _LIMIT:
+                kept.clear()
+            found = kept[key] = work(*key)
         return found
 
     return look_up
