@@ -8,11 +8,11 @@ import torch
 
 Choice = bool | Literal["auto"]
 
-# By kind of device: what was measured, benchmarks/results/op_bench.csv and gpu_bench.csv.
+# By kind of device, from benchmarks/results: op_bench.csv on a CPU; no GPU has measured the kernels as they are.
 _FASTER = {"cpu": False, "cuda": False}
 _WHY = {
     "cpu": "plain layers are as fast on a CPU",
-    "cuda": "two of the three were slower than plain layers on an H200",
+    "cuda": "not measured on a GPU yet: make gpu-bench BENCH='--parts choices'",
 }
 
 
