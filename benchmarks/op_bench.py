@@ -161,8 +161,8 @@ def launch(folder: Path) -> list[Row]:
         lines.append([ours["workload"], *(f"{1e3 * row['ms']:.0f}" for row in (ours, eager)), ratio])
     title = (
         f"Microseconds of a call, forward and backward, one CPU thread, torch {torch.__version__}: ours up to the "
-        "launch, eager with its CPU kernels on tiny tensors. Where a workload draws noise (noise, velocity, keyed_noise, "
-        "ddim_pool_step), drawing it is most of eager's time, so that ratio says nothing."
+        "launch, eager with its CPU kernels on tiny tensors. Where a workload draws noise (noise, velocity, "
+        "keyed_noise, ddim_pool_step), drawing it is most of eager's time, so that ratio says nothing."
     )
     head = ["workload", *(row["form"] for row in rows[:2]), "fastpref / eager"]
     _publish(f"{title}\n\n{markdown(head, lines)}", folder / "op_bench_launch.md")
